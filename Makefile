@@ -1,0 +1,45 @@
+# `make demo` and `make test` need nothing but Python 3.12 and a C++ compiler; they create .venv by themselves.
+# PYTHON=/path/to/python chooses the interpreter, CONSTRAINTS=requirements-ci.txt the tested versions.
+
+BIN := .venv/bin
+# Several ranks share the cores of a laptop.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean venv venv-demo
+
+help:
+	@echo "make demo       text to a trained Russian model on this machine, in minutes"
+	@echo "make test       lint, types and the tests that take seconds"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     ruff, which rewrites files"
+	@echo "make clean      removes what building and testing left; .venv stays"
+
+demo: venv-demo
+	$(BIN)/megatron-ru demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu and not hosts"
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "slow and not gpu and not hosts"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find megatron_ru tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv:
+	@bash scripts/bootstrap.sh dev
+
+venv-demo:
+	@bash scripts/bootstrap.sh demo

@@ -1,0 +1,1 @@
+"""Who drives the step: Megatron-Core's training loop."""

@@ -1,0 +1,1 @@
+"""What every other room may use: the standard library and nothing else."""

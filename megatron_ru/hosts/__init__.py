@@ -1,0 +1,1 @@
+"""How we enter a Megatron-LM checkout that nobody has touched."""

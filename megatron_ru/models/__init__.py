@@ -1,0 +1,1 @@
+"""What a model is (variants) and how it is put together."""

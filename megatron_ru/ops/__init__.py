@@ -1,0 +1,1 @@
+"""The arithmetic of the model, one op per file, each with its plain torch form."""

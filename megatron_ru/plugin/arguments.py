@@ -1,0 +1,126 @@
+"""Our flags in Megatron's parser, and defaults that are true of this machine."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.models import variant_arguments
+from megatron_ru.seams.cpu_device import CPU_DEVICE
+
+HOST_SPEC = ["megatron_ru.plugin.host_spec", "LAYER_SPEC"]
+"""What `--spec` means when the user does not say otherwise."""
+
+
+def extend_parser(
+    parser: argparse.ArgumentParser, when_parsed: Callable[[argparse.Namespace], None] | None = None
+) -> argparse.ArgumentParser:
+    """Adds our flags and machine defaults to Megatron's parser and returns it.
+
+    A parser that has them already is returned as it is. After the words are parsed the sizes are checked (`UserError`), and `when_parsed` is called with the namespace.
+    """
+    if any(action.dest == "ru_variant" for action in parser._actions):
+        return parser
+    variant_arguments.extend_parser(parser)
+    group = parser.add_argument_group(title="megatron_ru run")
+    group.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="Where to train: the GPU when there is one (auto), or the CPU over gloo.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-metrics", metavar="FILE", default=None,
+        help="Append one JSON line per logged step to FILE: loss, learning rate, gradient norm, seconds.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-init", choices=["whole", "megatron"], default="whole",
+        help="Draw each weight whole and keep the shard, so that the initial model does not depend on the parallel "
+        "layout (whole), or leave the drawing to Megatron.",
+    )  # fmt: skip
+    _set_machine_defaults(parser)
+    _finish_after_parsing(parser, when_parsed)
+    return parser
+
+
+def device_of(words: list[str]) -> str:
+    """`cpu` or `cuda`: what `--device` in the words, or else the machine, says. Imports torch only if it must."""
+    wanted = "auto"
+    for index, word in enumerate(words):
+        if word == "--device" and index + 1 < len(words):
+            wanted = words[index + 1]
+        elif word.startswith("--device="):
+            wanted = word.partition("=")[2]
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    has_gpu = torch.cuda.is_available() and not CPU_DEVICE.installed
+    if wanted == "cuda" and not has_gpu:
+        raise UserError("--device cuda was given, but torch sees no CUDA device; check nvidia-smi, or use --device cpu")
+    return "cuda" if has_gpu else "cpu"
+
+
+class _ByDefault(int):
+    """A number that nobody typed."""
+
+
+def _set_machine_defaults(parser: argparse.ArgumentParser) -> None:
+    """Defaults only: whatever the user types still wins."""
+    defaults: dict[str, Any] = {
+        "spec": HOST_SPEC,
+        "transformer_impl": "local",
+        # Kernels of Apex and TransformerEngine that our modules do not call.
+        "no_persist_layer_norm": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        # Attention is causal without a [sequence, sequence] mask in every batch.
+        "create_attention_mask_in_dataloader": "--reset-attention-mask" in sys.argv,
+        "make_vocab_size_divisible_by": _ByDefault(128),
+    }
+    if _typed_value(parser, "transformer_impl") == "transformer_engine":
+        defaults = {}
+    if CPU_DEVICE.installed:
+        # A worker process per rank gains nothing on the two cores of a laptop.
+        defaults |= {"distributed_backend": "gloo", "num_workers": 0}
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+
+
+def _typed_value(parser: argparse.ArgumentParser, dest: str) -> str | None:
+    """The value that follows one of a flag's spellings on the command line, or None."""
+    spellings = [s for action in parser._actions if action.dest == dest for s in action.option_strings]
+    for index, word in enumerate(sys.argv):
+        flag, equals, value = word.partition("=")
+        if flag in spellings:
+            return value if equals else (sys.argv[index + 1] if index + 1 < len(sys.argv) else None)
+    return None
+
+
+def _finish_after_parsing(
+    parser: argparse.ArgumentParser, when_parsed: Callable[[argparse.Namespace], None] | None
+) -> None:
+    parse = parser.parse_known_args
+
+    def parse_and_finish(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = parse(args, namespace)
+        _finish(parsed)
+        if when_parsed is not None:
+            when_parsed(parsed)
+        return parsed, rest
+
+    parser.parse_known_args = parse_and_finish  # type: ignore[method-assign]
+
+
+def _finish(args: argparse.Namespace) -> None:
+    if isinstance(args.make_vocab_size_divisible_by, _ByDefault):
+        # Megatron pads the vocabulary to a multiple of this times TP. Keeping the product at 128 for every TP keeps
+        # the padded vocabulary, and with it the loss and the checkpoints, the same in every layout.
+        size = args.tensor_model_parallel_size
+        args.make_vocab_size_divisible_by = 128 // math.gcd(128, size)
+    if CPU_DEVICE.installed and args.distributed_backend == "nccl":
+        raise UserError("--distributed-backend nccl needs GPUs, but this run is on the CPU; drop the flag, or use gloo")
+    # A job of one process may come without a launcher.
+    variant_arguments.check_divisibility(args, int(os.environ.get("WORLD_SIZE", "1")))

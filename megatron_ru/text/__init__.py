@@ -1,0 +1,1 @@
+"""Documents and the files they come from."""

@@ -1,0 +1,1 @@
+"""From documents to token ids on disk, in the format that Megatron reads."""

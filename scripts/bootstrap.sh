@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# bootstrap.sh demo|dev: a .venv in this clone with the package installed editable; nothing to do is done fast.
+# PYTHON chooses the interpreter, CONSTRAINTS a file of pinned versions; pip's own variables (PIP_INDEX_URL) apply.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=${1:?demo or dev}
+venv=.venv
+[ "$extras" = demo ] && wanted='demo,mpi,data' || wanted=$extras
+
+fail() {
+    echo "megatron-ru: $1" >&2
+    exit 2
+}
+
+is_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+}
+
+# A name on PATH may be a version manager's shim that fails, so each candidate is run; pyenv's versions come
+# by their folder, selected or not.
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_python "$PYTHON" || fail "PYTHON=$PYTHON does not run as Python 3.12 or newer: correct or unset it"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12 python3 python3.13; do
+        if is_python "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.12 or newer was found (python3 is $(python3 -V 2>/dev/null || echo missing)): apt install python3.12 python3.12-venv, or set PYTHON=/path/to/python3.12"
+}
+
+# What the installation depends on; compiled sources too, since an editable install builds them once.
+fingerprint() {
+    {
+        cat pyproject.toml setup.py
+        [ -z "${CONSTRAINTS:-}" ] || cat "$CONSTRAINTS"
+        find csrc -type f -print0 2>/dev/null | LC_ALL=C sort -z | xargs -0r cat
+    } | sha256sum | cut -d' ' -f1
+}
+
+[ -z "${CONSTRAINTS:-}" ] || [ -f "$CONSTRAINTS" ] || fail "CONSTRAINTS=$CONSTRAINTS is not a file: correct or unset it"
+now=$(fingerprint)
+for stamp in "$venv/installed-dev" "$venv/installed-$extras"; do
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -x "$venv/bin/python" ]; then
+        exit 0
+    fi
+done
+
+command -v g++ >/dev/null || command -v c++ >/dev/null ||
+    fail "no C++ compiler was found, which builds the dataset index: apt install g++"
+
+if [ ! -e "$venv" ]; then
+    python=$(find_python)
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "Python $version ($python) has no venv module: apt install python$version-venv"
+    echo "megatron-ru: creating $venv with Python $version ($python)"
+    # Interrupted half-way it would look finished, so it is removed again.
+    trap 'rm -rf "$venv"' EXIT
+    "$python" -m venv "$venv"
+    trap - EXIT
+fi
+is_python "$venv/bin/python" || fail "$venv has no working Python 3.12 or newer: rm -rf $venv and run this again"
+
+echo "megatron-ru: installing the package and its libraries into $venv (some minutes and 6 GB the first time)"
+rm -f "$venv"/installed-*
+"$venv/bin/python" -m pip install --disable-pip-version-check --quiet \
+    ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} --editable ".[$wanted]" ||
+    fail "pip could not install the package (its reason stands above); once it is mended, run the same command again"
+echo "$now" >"$venv/installed-$extras"
