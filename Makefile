@@ -19,8 +19,10 @@ help:
 demo: venv-demo
 	$(BIN)/megatron-ru demo
 
-test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu and not hosts"
+# The tests run even where lint complains, and their closing line comes last.
+test: venv
+	@status=0; $(MAKE) --no-print-directory lint || status=1; \
+	$(BIN)/python -m pytest -m "not slow and not gpu and not hosts" || status=1; exit $$status
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "slow and not gpu and not hosts"

@@ -40,7 +40,7 @@ fingerprint() {
     {
         cat pyproject.toml setup.py
         [ -z "${CONSTRAINTS:-}" ] || cat "$CONSTRAINTS"
-        find csrc -type f -print0 2>/dev/null | LC_ALL=C sort -z | xargs -0r cat
+        [ ! -d csrc ] || find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0r cat
     } | sha256sum | cut -d' ' -f1
 }
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the field that holds the text (default: %(default)s)",
     )
     tokenize.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--workers", type=int, default=_usable_processors(), metavar="N",
         help="processes that encode; the output does not depend on it (default: one for each processor)",
     )  # fmt: skip
     tokenize.add_argument(
@@ -137,3 +137,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     count = write_documents(arguments.output, islice(wordnet_documents(), arguments.limit))
     print(f"{arguments.output}: {count} documents")
     return 0
+
+
+def _usable_processors() -> int:
+    """Those that this process may run on, which a batch system often makes fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

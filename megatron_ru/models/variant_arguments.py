@@ -280,10 +280,12 @@ def _kind_arguments(variant: Variant) -> dict[str, Any]:
         "group_query_attention": variant.query_heads_per_kv_head > 1,
         "num_query_groups": variant.num_query_groups,
         "kv_channels": variant.head_size,
-        # Megatron knows no sinusoidal positions; our model adds them where Megatron adds none.
-        "position_embedding_type": {"rope": "rope", "learned": "learned_absolute"}.get(
-            variant.positions, "none"
-        ),
+        # Megatron knows no sinusoidal positions; our model puts the fixed table in the place of the learned one.
+        "position_embedding_type": {
+            "rope": "rope",
+            "learned": "learned_absolute",
+            "sinusoidal": "learned_absolute",
+        }.get(variant.positions, "none"),
         "normalization": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[variant.norm],
         # Every gated activation has SwiGLU's shapes; this keeps Megatron's sizes and FLOP counts right.
         "swiglu": variant.gated,

@@ -8,6 +8,7 @@ from megatron_ru.models.variant import Variant, find_variant
 from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.dataset_helpers import dataset_helper_seams
 from megatron_ru.plugin.step_metrics import StepMetrics
+from megatron_ru.plugin.torch_adam import torch_adam_seams
 from megatron_ru.seams.cpu_device import CPU_DEVICE
 from megatron_ru.seams.seam import Seam
 
@@ -33,7 +34,7 @@ def undo_run() -> None:
 def run_seams(args: argparse.Namespace) -> list[Seam]:
     """The seams of one run, in the order of installation."""
     variant = find_variant(args.ru_variant) if args.ru_variant else None
-    seams = dataset_helper_seams()
+    seams = dataset_helper_seams() + torch_adam_seams()
     if args.ru_metrics:
         seams.append(StepMetrics(args.ru_metrics, every=args.log_interval).seam())
     if args.spec == HOST_SPEC:

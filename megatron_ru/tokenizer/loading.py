@@ -62,7 +62,9 @@ class SentencePieceTokenizer:
         self.path = str(path)
         try:
             # An empty file is a valid message of no fields, which sentencepiece takes without a word.
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"-")
+            self._processor = sentencepiece.SentencePieceProcessor(
+                model_proto=Path(path).read_bytes() or b"-"
+            )
         except (RuntimeError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its contents do not parse"
             raise UserError(

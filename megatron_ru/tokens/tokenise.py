@@ -1,10 +1,13 @@
 """JSON Lines in, Megatron's .bin and .idx out, with as many processes as one likes.
 
-The main process reads and decompresses lines, workers parse and encode them in batches, and the main
-process writes the results in the order of the input: the files are the same, byte for byte, for any
-number of workers, and the same as tools/preprocess_data.py of Megatron-LM writes with --append-eod (a
-document without tokens gets no end token there and here). At most two batches per worker and two more are
-under way, so memory stays flat.
+The main process reads and decompresses lines, workers parse and encode them in batches, and the main process
+writes the results in the order of the input: the files are the same, byte for byte, for any number of
+workers. At most two batches per worker and two more are under way, so memory stays flat.
+
+They are also the files that Megatron-LM's tools/preprocess_data.py writes with --append-eod (a document
+without tokens gets no end token there and here), but for two things: a control token of a Hugging Face
+tokenizer that is spelled out in a text is text here; and for a sentencepiece model that folds runs of spaces,
+which none trained by us does, Megatron marks the spaces and splits the text at them, and we do not.
 """
 
 import os

@@ -50,7 +50,7 @@ def test_arguments_are_a_command_line(capsys):
 def test_arguments_note_what_flags_cannot_say(capsys):
     assert main(["variants", "gpt2_tiny", "--arguments"]) == 0
     output = capsys.readouterr()
-    assert "--position-embedding-type none" in output.out
+    assert "--position-embedding-type learned_absolute" in output.out
     assert "no flag for sinusoidal positions, post-norm: these need --ru-variant gpt2_tiny" in output.err
 
 

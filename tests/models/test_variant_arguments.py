@@ -55,7 +55,7 @@ def test_megatron_arguments_of_the_final_model():
 
 def test_megatron_arguments_of_the_base_and_of_learned_positions():
     base, rugpt = parse("--ru-variant gpt2"), parse("--ru-variant rugpt3_13b")
-    assert (base.position_embedding_type, base.normalization) == ("none", "LayerNorm")
+    assert (base.position_embedding_type, base.normalization) == ("learned_absolute", "LayerNorm")
     assert (base.swiglu, base.add_bias_linear, base.attention_dropout) == (False, True, 0.1)
     # Megatron's fused bias and GELU is the tanh form, and GPT-2's is not that of the base.
     assert (base.bias_gelu_fusion, rugpt.bias_gelu_fusion) == (False, True)

@@ -176,10 +176,10 @@ def test_a_write_that_fails_is_one_sentence(tmp_path, model, jsonl_files, worker
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path, model):
-    # 96 MB: far more than two workers finish before they are found.
+    # 48 MB: far more than two workers finish before they are found.
     source = tmp_path / "a.jsonl"
     line = json.dumps({"text": "кошка " * 40_000}) + "\n"
-    source.write_text(line * 200)
+    source.write_text(line * 100)
     words = ["-m", "megatron_ru", "data", "tokenize", "--input", str(source), "--tokenizer", model]
     words += ["--output", str(tmp_path / "ru"), "--workers", "2"]
     parent = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
