@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -33,7 +34,10 @@ def build_parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     for name, module in modules.items():
         raw = hasattr(module, "run_raw")
         subparser = subparsers.add_parser(
-            name, help=module.SUMMARY, description=module.__doc__, add_help=not raw,
+            name,
+            help=module.SUMMARY,
+            description=module.__doc__,
+            add_help=not raw,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if not raw:
@@ -44,6 +48,8 @@ def build_parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 bad input, 1 anything else that failed."""
     words = list(sys.argv[1:] if words is None else words)
+    # A terminated command takes its unfinished files with it, as an interrupted one does.
+    signal.signal(signal.SIGTERM, _end_on_signal)
     modules = discover_commands()
     try:
         if words and words[0] in modules and hasattr(modules[words[0]], "run_raw"):
@@ -53,10 +59,16 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-ru: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         # The reader (`| head`) has seen enough.
         sys.stderr.close()
         return 141
+
+
+def _end_on_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_ru.foundation.errors import UserError
 from megatron_ru.plugin.dataset_helpers import load_built_dataset_helpers
 
 
@@ -82,6 +83,7 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> Batch:
         mask = torch.empty((shape[0], 1, shape[1], shape[1]), dtype=torch.bool, device=device)
     if reads:
         sample = next(data_iterator)
+        _check_vocabulary(sample["tokens"], sample["labels"], args.padded_vocab_size)
         for row, key in enumerate(("tokens", "labels", "loss_mask", "position_ids")):
             packed[row].copy_(sample[key], non_blocking=True)
         if mask is not None:
@@ -93,6 +95,17 @@ def get_batch(data_iterator: Any, vp_stage: int | None = None) -> Batch:
             torch.distributed.broadcast(mask, source, group=group)
     tokens, labels, loss_mask, position_ids = packed.unbind()
     return Batch(tokens, labels, loss_mask.float(), position_ids, mask)
+
+
+def _check_vocabulary(tokens: Tensor, labels: Tensor, vocab_size: int) -> None:
+    """Raises `UserError` for an id that has no row in the embedding. With tensor parallelism Megatron would take a
+    row of zeros for it and go on. The tensors are still in main memory: this costs microseconds."""
+    highest = max(int(tokens.max()), int(labels.max()))
+    if highest >= vocab_size:
+        raise UserError(
+            f"the data holds the token id {highest}, but the model has {vocab_size} ids (0 to {vocab_size - 1}): it "
+            "was made with another tokenizer; tokenise it again with the one of --tokenizer-model"
+        )
 
 
 def _builds_datasets(vp_stage: int | None) -> bool:

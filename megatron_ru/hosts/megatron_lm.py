@@ -15,7 +15,6 @@ from types import ModuleType
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.mpi_rendezvous import ensure_rendezvous
-from megatron_ru.foundation.ranks import apply_rank_environment
 from megatron_ru.seams.when_imported import when_imported
 
 _entered = False
@@ -48,7 +47,6 @@ def enter(words: list[str]) -> None:
         return
     _entered = True
     ensure_rendezvous(os.environ)
-    apply_rank_environment(os.environ)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_ru.plugin.arguments import device_of
 
@@ -81,4 +79,3 @@ def _when_parsed(args: Namespace) -> None:
     check_host(args)
     check_data(args)
     install_run(args)
-

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_ru.foundation.errors import UserError
@@ -20,7 +21,8 @@ def extend_parser(
 ) -> argparse.ArgumentParser:
     """Adds our flags and machine defaults to Megatron's parser and returns it.
 
-    A parser that has them already is returned as it is. After the words are parsed the sizes are checked (`UserError`), and `when_parsed` is called with the namespace.
+    A parser that has them already is returned as it is. After the words are parsed the sizes are checked
+    (`UserError`), and `when_parsed` is called with the namespace.
     """
     if any(action.dest == "ru_variant" for action in parser._actions):
         return parser
@@ -32,7 +34,12 @@ def extend_parser(
     )  # fmt: skip
     group.add_argument(
         "--ru-metrics", metavar="FILE", default=None,
-        help="Append one JSON line per logged step to FILE: loss, learning rate, gradient norm, seconds.",
+        help="Append one JSON line per logged step to FILE (loss, learning rate, gradient norm, seconds), and one per "
+        "evaluation.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-validate-from-start", action="store_true",
+        help="Evaluate before the first step too, and on the same validation samples every time.",
     )  # fmt: skip
     group.add_argument(
         "--ru-init", choices=["whole", "megatron"], default="whole",
@@ -122,5 +129,22 @@ def _finish(args: argparse.Namespace) -> None:
         args.make_vocab_size_divisible_by = 128 // math.gcd(128, size)
     if CPU_DEVICE.installed and args.distributed_backend == "nccl":
         raise UserError("--distributed-backend nccl needs GPUs, but this run is on the CPU; drop the flag, or use gloo")
+    if args.tokenizer_type is None:
+        args.tokenizer_type = _tokenizer_type(args)
     # A job of one process may come without a launcher.
     variant_arguments.check_divisibility(args, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _tokenizer_type(args: argparse.Namespace) -> str | None:
+    """Megatron's name for the kind of tokenizer that `--tokenizer-model` is."""
+    if args.tokenizer_model is None:
+        return "NullTokenizer" if args.mock_data else None
+    path = Path(args.tokenizer_model)
+    if path.suffix == ".model":
+        return "SentencePieceTokenizer"
+    if path.suffix == ".json" or path.is_dir():
+        return "HuggingFaceTokenizer"
+    raise UserError(
+        f"--tokenizer-model {path} is neither a sentencepiece .model, a tokenizer.json nor a folder that holds one; "
+        "give one of these, or say what it is with --tokenizer-type"
+    )

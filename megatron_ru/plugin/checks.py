@@ -1,9 +1,14 @@
 """What can be known to fail before the first process group is made."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.seams.cpu_device import CPU_DEVICE
+from megatron_ru.tokenizer.loading import load_tokenizer
+from megatron_ru.tokens.indexed_dataset import check_dataset
+
+_FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
 def check_supported(args: Any) -> None:
@@ -25,6 +30,24 @@ def check_supported(args: Any) -> None:
         )
 
 
+def check_complete(args: Any) -> None:
+    """Raises `UserError` when something is missing without which nothing can be trained."""
+    has_data = bool(data_prefixes(args)) or args.data_args_path or args.per_split_data_args_path
+    missing = {
+        "--micro-batch-size N": args.micro_batch_size is None,
+        "--train-iters N (or --train-samples N)": not (args.train_iters or args.train_samples or args.skip_train),
+        "--lr X": args.lr is None and not args.skip_train,
+        "--data-path PREFIX (or --mock-data)": not (has_data or args.mock_data),
+        "--tokenizer-model FILE": args.tokenizer_type is None and args.tokenizer_model is None,
+        "--num-layers N, --hidden-size N and --num-attention-heads N (or --ru-variant NAME)": not (
+            args.num_layers and args.hidden_size and args.num_attention_heads
+        ),
+    }
+    flags = [flag for flag, absent in missing.items() if absent]
+    if flags:
+        raise UserError(f"missing: {'; '.join(flags)}; megatron-ru pretrain_gpt --help lists every flag")
+
+
 def check_host(args: Any) -> None:
     """Raises `UserError` for what the Megatron-LM around us cannot do with us inside."""
     from megatron.core.package_info import __version__
@@ -38,17 +61,32 @@ def check_host(args: Any) -> None:
     virtual = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     if CPU_DEVICE.installed and virtual and version < Version("0.17"):
         raise UserError(
-            f"virtual pipeline stages on the CPU give different losses from run to run with megatron-core {__version__}; "
-            "drop --num-layers-per-virtual-pipeline-stage, or check out core 0.17 or later"
+            f"virtual pipeline stages on the CPU give losses that vary from run to run with megatron-core "
+            f"{__version__}; drop --num-layers-per-virtual-pipeline-stage, or check out core 0.17 or later"
         )
 
 
 def check_data(args: Any) -> None:
-    """Raises `UserError` for datasets that are missing, truncated, or made with a larger vocabulary."""
-    from megatron_ru.tokens.indexed_dataset import check_dataset
-
+    """Raises `UserError` for a tokenizer that cannot be read, and for datasets that are missing, truncated, or made
+    with a larger vocabulary than the tokenizer's."""
+    vocab_size = vocab_size_of(args)
     for prefix in data_prefixes(args):
-        check_dataset(prefix, vocab_size=None)
+        check_dataset(prefix, vocab_size, sample=True)
+
+
+def vocab_size_of(args: Any) -> int | None:
+    """The number of token ids of the tokenizer that the arguments name, None when only Megatron can tell."""
+    if args.tokenizer_type in ("NullTokenizer", "NullMultimodalTokenizer"):
+        # Megatron's null tokenizer adds an end-of-document id behind the others.
+        return None if args.vocab_size is None else int(args.vocab_size) + 1
+    is_file = args.tokenizer_type in _FILE_TOKENIZERS
+    if args.tokenizer_model is None:
+        if is_file:
+            raise UserError(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model FILE")
+        return None
+    if is_file or (args.tokenizer_type == "HuggingFaceTokenizer" and Path(args.tokenizer_model).exists()):
+        return load_tokenizer(args.tokenizer_model).vocab_size
+    return None
 
 
 def data_prefixes(args: Any) -> list[str]:

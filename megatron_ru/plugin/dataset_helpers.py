@@ -54,7 +54,8 @@ def _load(build: bool) -> None:
             return
         _compile(source, library)
     spec = importlib.util.spec_from_file_location(_MODULE, library)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[_MODULE] = module

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,30 @@ from megatron_ru.foundation.errors import UserError
 
 
 def exit_code_of(run: Callable[[], Any], name: str) -> int:
-    """0 when `run` returns; a `UserError` is printed by the first rank of each host and gives its exit code."""
+    """0 when `run` returns; a `UserError` is printed in one sentence and gives its exit code.
+
+    Before the ranks have met they all see the same mistake, so the first rank of each host speaks for the others.
+    Afterwards a rank speaks for itself and says which one it is.
+    """
     try:
         run()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _ranks_have_met():
+            print(f"{name}: error: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def refused_by_megatron(error: AssertionError) -> UserError:
+    """The sentence for an argument check of Megatron that failed; many of them carry no message but their code."""
+    message = " ".join(str(error).split())
+    if not message:
+        message = f"its check `{traceback.extract_tb(error.__traceback__)[-1].line}` failed"
+    return UserError(f"Megatron refuses these arguments: {message}")
+
+
+def _ranks_have_met() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -9,6 +9,7 @@ from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.dataset_helpers import dataset_helper_seams
 from megatron_ru.plugin.step_metrics import StepMetrics
 from megatron_ru.plugin.torch_adam import torch_adam_seams
+from megatron_ru.plugin.validation import check_validation, validation_seams
 from megatron_ru.seams.cpu_device import CPU_DEVICE
 from megatron_ru.seams.seam import Seam
 
@@ -36,7 +37,11 @@ def run_seams(args: argparse.Namespace) -> list[Seam]:
     variant = find_variant(args.ru_variant) if args.ru_variant else None
     seams = dataset_helper_seams() + torch_adam_seams()
     if args.ru_metrics:
-        seams.append(StepMetrics(args.ru_metrics, every=args.log_interval).seam())
+        metrics = StepMetrics(args.ru_metrics, every=args.log_interval)
+        seams += [metrics.seam(), *metrics.evaluation_seams()]
+    if args.ru_validate_from_start:
+        check_validation(args)
+        seams += validation_seams()
     if args.spec == HOST_SPEC:
         seams += _model_seams(variant)
         if args.ru_init == "whole":

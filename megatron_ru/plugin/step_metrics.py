@@ -1,5 +1,6 @@
-"""One JSON line per logged step."""
+"""One JSON line per logged step and one per evaluation."""
 
+import inspect
 import json
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from megatron_ru.seams.seam import Seam
 
 
 class StepMetrics:
-    """Writes `{"iteration", "lm loss", "learning_rate", "gradient_norm", "skipped", "seconds"}` lines.
+    """Writes `{"iteration", "lm loss", "learning_rate", "gradient_norm", "skipped", "seconds"}` lines, and
+    `{"iteration", "validation lm loss", "seconds"}` after each evaluation (`test` instead of `validation` for the
+    test set, `validation-1`, `validation-2`, ... where there are several validation sets).
 
     The last rank writes, because it holds the loss. `seconds` is the time since the previous line. Floats carry
     every digit, so two runs can be compared bit for bit.
@@ -20,6 +23,7 @@ class StepMetrics:
         self._path = Path(path)
         self._every = every
         self._since = time.perf_counter()
+        self._evaluated: list[dict[str, float | None]] = []
 
     def seam(self) -> Seam:
         """The seam on Megatron's own logging, which hands out the losses after the data-parallel reduction."""
@@ -30,34 +34,78 @@ class StepMetrics:
             reason="Megatron offers step losses to its own writers only",
         )
 
-    def _beside(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        import inspect
+    def evaluation_seams(self) -> list[Seam]:
+        """The seams on evaluation: one sees the losses, the other knows the iteration and the set."""
+        reason = "Megatron offers evaluation losses to its own writers only"
+        return [
+            Seam(target="megatron.training.training:evaluate", make=self._seeing, reason=reason),
+            Seam(
+                target="megatron.training.training:evaluate_and_print_results",
+                make=self._reporting,
+                expects=("prefix", "iteration"),
+                reason=reason,
+            ),
+        ]
 
+    def _beside(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         def log(*arguments: Any, **keywords: Any) -> Any:
             given = signature.bind(*arguments, **keywords).arguments
             if given["iteration"] % self._every == 0:
-                self._write(given)
+                self._write_step(given)
             return original(*arguments, **keywords)
 
         return log
 
-    def _write(self, given: dict[str, Any]) -> None:
+    def _seeing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(*arguments: Any, **keywords: Any) -> Any:
+            result = original(*arguments, **keywords)
+            # (losses, other data, whether the time is up); no losses when it is, or on a stage before the last.
+            if result[0]:
+                self._evaluated.append({name: _number(value) for name, value in result[0].items()})
+            return result
+
+        return evaluate
+
+    def _reporting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def report(*arguments: Any, **keywords: Any) -> Any:
+            given = signature.bind(*arguments, **keywords).arguments
+            self._evaluated.clear()
+            result = original(*arguments, **keywords)
+            kind = "test" if "test set" in given["prefix"] else "validation"
+            losses = {
+                f"{kind}{f'-{index + 1}' if len(self._evaluated) > 1 else ''} {name}": value
+                for index, found in enumerate(self._evaluated)
+                for name, value in found.items()
+            }
+            if losses:
+                self._write({"iteration": given["iteration"], **losses})
+            return result
+
+        return report
+
+    def _write_step(self, given: dict[str, Any]) -> None:
+        losses = {name: _number(value) for name, value in given["loss_dict"].items()}
+        self._write(
+            {
+                "iteration": given["iteration"],
+                **losses,
+                "learning_rate": _number(given["learning_rate"]),
+                "gradient_norm": _number(given["grad_norm"]),
+                "skipped": int(given["skipped_iter"]),
+            }
+        )
+
+    def _write(self, line: dict[str, Any]) -> None:
         import torch.distributed
 
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             return
-        losses = {name: _number(value) for name, value in given["loss_dict"].items()}
         now = time.perf_counter()
-        line = {
-            "iteration": given["iteration"],
-            **losses,
-            "learning_rate": _number(given["learning_rate"]),
-            "gradient_norm": _number(given["grad_norm"]),
-            "skipped": int(given["skipped_iter"]),
-            "seconds": now - self._since,
-        }
+        line["seconds"] = now - self._since
         self._since = now
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as stream:

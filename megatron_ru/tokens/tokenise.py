@@ -186,9 +186,7 @@ def _encode(tokenizer: Tokenizer, settings: TokeniseSettings, batch: _Batch) -> 
             if document:
                 document.append(tokenizer.eod)
     lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
-    ids = np.fromiter(
-        chain.from_iterable(documents), dtype=token_dtype(tokenizer.vocab_size), count=int(lengths.sum())
-    )
+    ids = np.fromiter(chain.from_iterable(documents), dtype=token_dtype(tokenizer.vocab_size), count=int(lengths.sum()))
     return _Encoded(ids, lengths, malformed)
 
 
