@@ -7,25 +7,66 @@ break the import: what the user must know is printed, and the process ends.
 
 import os
 import sys
+from types import TracebackType
 
 _LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "torch/distributed/run.py")
+_ENTERING_ROOMS = ("commands", "engines", "hosts", "plugin", "seams")
 
 
 def activate() -> None:
-    """Enters the host process when MEGATRON_RU=1; exits with code 2 and one sentence when it cannot."""
-    if os.environ.get("MEGATRON_RU") != "1" or _is_launcher():
-        return
-    from megatron_ru.foundation.errors import UserError
+    """Enters the host process when MEGATRON_RU=1; exits when it cannot.
 
+    The exit code is 2 after a `UserError`, told in one sentence, now or later in the host's own code. It is 1 after
+    any other exception of ours, told with its traceback: a run that went on without the flags and ranks it was
+    given would train something else.
+    """
+    if os.environ.get("MEGATRON_RU") != "1" or _is_launcher() or _is_ours():
+        return
     try:
         from megatron_ru.hosts.megatron_lm import enter
+        from megatron_ru.plugin.rank_errors import exit_code_of
 
-        enter(sys.argv[1:])
-    except UserError as error:
-        print(f"megatron_ru: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        code = exit_code_of(lambda: enter(sys.argv[1:]), "megatron_ru")
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print(
+            "megatron_ru: error: could not enter this process, see above; unset MEGATRON_RU to run without it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        raise SystemExit(1) from None
+    if code:
+        raise SystemExit(code)
+    _tell_user_errors()
 
 
 def _is_launcher() -> bool:
     """Whether this process starts the ranks instead of being one; torchrun imports torch too."""
     return any(word.endswith(_LAUNCHERS) for word in sys.orig_argv[:4])
+
+
+def _is_ours() -> bool:
+    """Whether a command of ours imports torch: it enters by itself, and its modules are half imported now."""
+    return any(f"megatron_ru.{room}" in sys.modules for room in _ENTERING_ROOMS)
+
+
+def _tell_user_errors() -> None:
+    """Lets a `UserError` that nobody catches end the host as it ends a command of ours."""
+    from megatron_ru.foundation.errors import UserError
+    from megatron_ru.plugin.rank_errors import exit_code_of
+
+    others = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, UserError):
+            others(kind, error, trace)
+            return
+
+        def fail() -> None:
+            raise error
+
+        # Python ends with the code of a SystemExit that the hook raises.
+        raise SystemExit(exit_code_of(fail, "megatron_ru"))
+
+    sys.excepthook = tell

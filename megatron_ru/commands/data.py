@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions `tokenize`, `check` and `demo`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    tokenize = actions.add_parser(
-        "tokenize", help="JSON Lines to .bin and .idx", description=_tokenize.__doc__
-    )
+    tokenize = actions.add_parser("tokenize", help="JSON Lines to .bin and .idx", description=_tokenize.__doc__)
     tokenize.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines: .jsonl, .jsonl.gz, .jsonl.zst"
     )
@@ -30,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="sentencepiece .model or Hugging Face tokenizer.json",
     )
-    tokenize.add_argument(
-        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx"
-    )
+    tokenize.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     tokenize.add_argument(
         "--text-field",
         default="text",

@@ -37,9 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.arguments:
         raise UserError("--json and --arguments are two forms of output; choose one of them")
     if arguments.arguments and not arguments.names:
-        raise UserError(
-            "--arguments needs the name of a variant, as in `megatron-ru variants ru_7b3 --arguments`"
-        )
+        raise UserError("--arguments needs the name of a variant, as in `megatron-ru variants ru_7b3 --arguments`")
     chosen = [find_variant(name) for name in arguments.names] or list(all_variants().values())
     if arguments.arguments:
         for variant in chosen:

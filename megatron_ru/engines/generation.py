@@ -65,11 +65,13 @@ def find_checkpoint(load: str) -> SavedModel:
             "layout; save it with --ckpt-format torch_dist"
         )
     from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint import CheckpointException
 
     try:
         arguments = load_common_state_dict(str(place))["args"]
-    except Exception as error:  # torch and Megatron raise what they please about damaged files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # Anything is raised about damaged files, and torch's own is no Exception.
+    except (Exception, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"the checkpoint {place} cannot be read ({reason}); save the model again") from None
     return SavedModel(folder=folder, iteration=iteration, arguments=arguments)
 

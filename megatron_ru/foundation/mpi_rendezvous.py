@@ -111,9 +111,7 @@ _NO_MPI, _CANNOT_MEET = 3, 4
 def _needs_mpi(ranks: LaunchedRanks, environ: Mapping[str, str]) -> bool:
     if ranks.launcher is None or ranks.by_srun or ranks.world_size == 1:
         return False
-    return None in (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) or bool(
-        _lacking(environ)
-    )
+    return None in (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) or bool(_lacking(environ))
 
 
 def _lacking(environ: Mapping[str, str]) -> str:
@@ -141,8 +139,7 @@ def _ask_mpi(ranks: LaunchedRanks, environ: Mapping[str, str], start_seconds: fl
     """What MPI says, or why there is no usable MPI. Raises UserError when the ranks cannot meet."""
     package_root = str(Path(__file__).resolve().parents[2])
     program = (
-        f"import sys; sys.path.append({package_root!r}); "
-        "from megatron_ru.foundation.mpi_rendezvous import main; main()"
+        f"import sys; sys.path.append({package_root!r}); from megatron_ru.foundation.mpi_rendezvous import main; main()"
     )
     process_manager = environ.get("PMI_FD", "")  # an open descriptor, by which MPICH's ranks talk to hydra
     try:
@@ -189,9 +186,7 @@ def _meet(mpi: Any, environ: Mapping[str, str]) -> Meeting:
         port = world.bcast(str(free_port()) if rank == 0 else None)
     if address is None:
         on_one_host = world.allreduce(local_world_size, op=mpi.MIN) == world_size
-        address = (
-            LOOPBACK if on_one_host else _reachable_address(world, int(port), leads_host=local_rank == 0)
-        )
+        address = LOOPBACK if on_one_host else _reachable_address(world, int(port), leads_host=local_rank == 0)
     return Meeting(
         rank=rank,
         world_size=world_size,

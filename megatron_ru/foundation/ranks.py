@@ -186,10 +186,7 @@ _TORCH_NAMES: _Names = {
 
 def _comm_world(prefix: str) -> _Names:
     tails = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    return {
-        variable: (f"{prefix}_COMM_WORLD_{tail}",)
-        for variable, tail in zip(RANK_VARIABLES, tails, strict=True)
-    }
+    return {variable: (f"{prefix}_COMM_WORLD_{tail}",) for variable, tail in zip(RANK_VARIABLES, tails, strict=True)}
 
 
 _MPI_LAUNCHERS: tuple[tuple[str, _Names], ...] = (
@@ -312,9 +309,7 @@ def _complete(ranks: LaunchedRanks, environ: Mapping[str, str]) -> tuple[int, in
     return rank, world_size, local_rank, local_world_size
 
 
-def _check_ranges(
-    rank: int, world_size: int, local_rank: int, local_world_size: int, names: Mapping[str, str]
-) -> None:
+def _check_ranges(rank: int, world_size: int, local_rank: int, local_world_size: int, names: Mapping[str, str]) -> None:
     for small, small_value, large, large_value in (
         ("RANK", rank, "WORLD_SIZE", world_size),
         ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world_size),
@@ -346,13 +341,9 @@ def _master(ranks: LaunchedRanks, world_size: int, environ: Mapping[str, str]) -
         return address or LOOPBACK, port or free_port()
     if address and port:
         return address, port
-    lacking = " and ".join(
-        name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value
-    )
+    lacking = " and ".join(name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value)
     if ranks.launcher is None:
-        raise UserError(
-            f"{world_size} processes need one place to meet, but {lacking} is not set: export {lacking}"
-        )
+        raise UserError(f"{world_size} processes need one place to meet, but {lacking} is not set: export {lacking}")
     if ranks.by_srun:
         hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
         job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
@@ -388,8 +379,6 @@ def _number(environ: Mapping[str, str], *names: str) -> tuple[str, int] | None:
         written = environ.get(name)
         if written:
             if re.fullmatch(r"\s*\d{1,18}\s*", written, re.ASCII) is None:
-                raise UserError(
-                    f"{name}={written!r} is not a whole number from 0 on: set it to one, or unset {name}"
-                )
+                raise UserError(f"{name}={written!r} is not a whole number from 0 on: set it to one, or unset {name}")
             return name, int(written)
     return None

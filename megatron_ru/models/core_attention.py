@@ -61,7 +61,5 @@ class CoreAttention(MegatronModule):
         # tensor-parallel random state, as in Megatron's own attention.
         own_state = dropout > 0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if own_state else nullcontext():
-            context = attention(
-                query, key, value, mask=attention_mask, scale=self.softmax_scale, dropout=dropout
-            )
+            context = attention(query, key, value, mask=attention_mask, scale=self.softmax_scale, dropout=dropout)
         return context.reshape(*context.shape[:2], -1)

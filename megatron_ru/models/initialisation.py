@@ -114,7 +114,9 @@ def _whole_model_names(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Pa
 
 
 def _note_gpu_draw(original: Callable[..., None]) -> Callable[..., None]:
-    def note(weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, *rest: Any, **keywords: Any) -> None:
+    def note(
+        weight: Tensor, init_method: Any, partition_dim: int, stride: int = 1, *rest: Any, **keywords: Any
+    ) -> None:
         # The original also marks the weight as parallel; it does so with nothing drawn.
         original(weight, _draw_nothing, partition_dim, stride, *rest, **keywords)
         setattr(weight, _MARK, ShardedDraw(draw=init_method, partition_dim=partition_dim, stride=stride))

@@ -13,7 +13,9 @@ from megatron_ru.ops.sinusoidal import sinusoidal_table
 class SinusoidalPositions(nn.Module):
     """Looks positions up in a fixed table, in place of Megatron's learned position embedding."""
 
-    def __init__(self, length: int, hidden: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, length: int, hidden: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         # Not persistent: the table follows from its size, a checkpoint need not carry it.
         self.register_buffer("table", sinusoidal_table(length, hidden, dtype).to(device), persistent=False)

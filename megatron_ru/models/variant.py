@@ -83,9 +83,7 @@ class Variant:
         ):  # fmt: skip
             self._require(getattr(self, size) > 0, f"{size} is {getattr(self, size)}, expected more than 0")
         for rate in ("attention_dropout", "hidden_dropout"):
-            self._require(
-                0 <= getattr(self, rate) < 1, f"{rate} is {getattr(self, rate)}, expected 0 <= {rate} < 1"
-            )
+            self._require(0 <= getattr(self, rate) < 1, f"{rate} is {getattr(self, rate)}, expected 0 <= {rate} < 1")
         self._require(
             self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
             f"hidden size {self.hidden_size} does not divide by {self.num_attention_heads} attention heads",
@@ -106,8 +104,7 @@ class Variant:
         )
         self._require(
             self.seq_length <= self.position_count,
-            f"a context of {self.seq_length} tokens is longer than max_position_embeddings, "
-            f"{self.position_count}",
+            f"a context of {self.seq_length} tokens is longer than max_position_embeddings, {self.position_count}",
         )
         self._require(
             self.sliding_window is None or self.seq_length <= self.sliding_window,
@@ -163,9 +160,7 @@ class Variant:
 
 
 ARCHITECTURE_FIELDS = tuple(
-    item.name
-    for item in dataclasses.fields(Variant)
-    if item.name not in {"name", "parent", "difference", "recipe"}
+    item.name for item in dataclasses.fields(Variant) if item.name not in {"name", "parent", "difference", "recipe"}
 )
 
 

@@ -111,9 +111,7 @@ def variant_of(args: argparse.Namespace) -> Variant | None:
         return None
     variant = find_variant(name)
     names = {*_size_fields(variant), _UNTIE} - {"vocab_size"}
-    return refine(
-        variant, {dest: value for dest in names if (value := getattr(args, dest, None)) is not None}
-    )
+    return refine(variant, {dest: value for dest in names if (value := getattr(args, dest, None)) is not None})
 
 
 def refine(variant: Variant, sizes: Mapping[str, Any]) -> Variant:
@@ -208,13 +206,9 @@ def _check_layers(args: argparse.Namespace, stages: int) -> None:
     per_rank = getattr(args, "num_virtual_stages_per_pipeline_rank", None)
     share = f"{total // stages} layers per pipeline stage"
     if per_virtual is not None:
-        _require_multiple(
-            total // stages, per_virtual, share, f"--num-layers-per-virtual-pipeline-stage {per_virtual}"
-        )
+        _require_multiple(total // stages, per_virtual, share, f"--num-layers-per-virtual-pipeline-stage {per_virtual}")
     elif per_rank is not None:
-        _require_multiple(
-            total // stages, per_rank, share, f"--num-virtual-stages-per-pipeline-rank {per_rank}"
-        )
+        _require_multiple(total // stages, per_rank, share, f"--num-virtual-stages-per-pipeline-rank {per_rank}")
 
 
 def _parsed_size(args: argparse.Namespace, name: str) -> int:
@@ -325,9 +319,7 @@ def _defaults(
     flags = _Flags(parser)
     explicit_tie = explicit.pop(_TIE, None)
     if explicit_tie and explicit.get(_UNTIE):
-        raise UserError(
-            f"{flags.spell(_UNTIE, True)} contradicts --ru-tie-embeddings; drop one of the two flags"
-        )
+        raise UserError(f"{flags.spell(_UNTIE, True)} contradicts --ru-tie-embeddings; drop one of the two flags")
     sizes = dict(explicit) if explicit_tie is None else {**explicit, _TIE: explicit_tie}
     refined = refine(variant, sizes)
     decided = _kind_arguments(refined)
@@ -363,9 +355,7 @@ def _unset(variant: Variant) -> str:
 
 
 _MEANINGS: dict[str, Callable[[Variant], str]] = {
-    "ffn_hidden_size": lambda v: (
-        f"{v.ffn_hidden_size} (C = {v.mlp_ratio:.4g} times hidden size {v.hidden_size})"
-    ),
+    "ffn_hidden_size": lambda v: f"{v.ffn_hidden_size} (C = {v.mlp_ratio:.4g} times hidden size {v.hidden_size})",
     "group_query_attention": lambda v: (
         f"{v.num_query_groups} query groups ({v.query_heads_per_kv_head} query heads each)"
     ),
@@ -377,9 +367,7 @@ _MEANINGS: dict[str, Callable[[Variant], str]] = {
     "use_rotary_position_embeddings": lambda v: f"{v.positions} positions",
     "add_position_embedding": lambda v: f"{v.positions} positions",
     "rotary_base": lambda v: f"{v.positions} positions",
-    "rotary_percent": lambda v: (
-        f"{v.rotary_percent}" if v.positions == "rope" else f"{v.positions} positions"
-    ),
+    "rotary_percent": lambda v: f"{v.rotary_percent}" if v.positions == "rope" else f"{v.positions} positions",
     "normalization": lambda v: {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[v.norm],
     "apply_residual_connection_post_layernorm": lambda v: f"{v.norm_placement}-norm",
     "swiglu": lambda v: f"the activation {v.activation}",

@@ -20,9 +20,17 @@ def attention(
 
     query: [sequence, batch, heads, head_dim]; key, value: [sequence, batch, kv_heads, head_dim], where kv_heads
     divides heads. mask: None for causal attention, or bool, broadcastable to [batch, 1, sequence, sequence],
-    True where a query may NOT look (Megatron's convention). `scale` defaults to 1/sqrt(head_dim).
+    True where a query may NOT look (Megatron's convention). `scale` defaults to 1/sqrt(head_dim). Where keys are
+    more than queries, as behind a cache, the queries are the last positions.
     """
-    heads, kv_heads = query.shape[2], key.shape[2]
+    if mask is None and query.shape[0] != key.shape[0]:
+        # Torch's causal attention would take them for the first positions.
+        mask = _causal_mask(query, key)
+    grouped = query.shape[2] != key.shape[2]
+    if grouped and query.is_cuda and not _has_grouped_kernel(query, mask):
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
+        grouped = False
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     kernels = sdpa_kernel(_GPU_KERNELS, set_priority=True) if query.is_cuda else nullcontext()
     with kernels:
@@ -32,9 +40,17 @@ def attention(
             is_causal=mask is None,
             dropout_p=dropout,
             scale=scale,
-            enable_gqa=heads != kv_heads,
+            enable_gqa=grouped,
         )  # fmt: skip
     return out.permute(2, 0, 1, 3)
+
+
+def _has_grouped_kernel(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether cuDNN's or the flash kernel takes this, which share a key head among query heads by themselves: half
+    precision, Ampere or later, no mask. The memory-efficient kernel takes the rest, with one key head per query head.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and mask is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def attention_reference(
@@ -46,6 +62,12 @@ def attention_reference(
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = q @ k.transpose(-1, -2) * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
     if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        mask = _causal_mask(query, key)
     weights = scores.masked_fill(mask, float("-inf")).softmax(-1)
     return (weights @ v).permute(2, 0, 1, 3)
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """[queries, keys], True where the key comes after the query; both end at the same position."""
+    queries, keys = query.shape[0], key.shape[0]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(keys - queries + 1)

@@ -84,8 +84,16 @@ def _compile(source: Path, library: Path) -> None:
             "Megatron's dataset index helpers must be compiled and no C++ compiler was found; install one, for "
             "example with: apt install g++"
         )
-    library.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=library.parent, suffix=".partial")
+    if shutil.which(compiler) is None:
+        raise UserError(f"CXX={compiler} is not a program, expected a C++ compiler such as g++; correct or unset it")
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=library.parent, suffix=".partial")
+    except OSError as error:
+        raise UserError(
+            f"{library.parent} cannot hold Megatron's dataset index helpers ({error.strerror}); set XDG_CACHE_HOME to "
+            "a folder that can be written"
+        ) from error
     os.close(descriptor)
     command = [
         compiler, "-O3", "-shared", "-std=c++17", "-fPIC", f"-I{pybind11.get_include()}",

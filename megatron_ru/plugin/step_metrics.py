@@ -1,5 +1,6 @@
 """One JSON line per logged step and one per evaluation."""
 
+import functools
 import inspect
 import json
 import time
@@ -50,6 +51,7 @@ class StepMetrics:
     def _beside(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
+        @functools.wraps(original)
         def log(*arguments: Any, **keywords: Any) -> Any:
             given = signature.bind(*arguments, **keywords).arguments
             if given["iteration"] % self._every == 0:
@@ -59,6 +61,7 @@ class StepMetrics:
         return log
 
     def _seeing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def evaluate(*arguments: Any, **keywords: Any) -> Any:
             result = original(*arguments, **keywords)
             # (losses, other data, whether the time is up); no losses when it is, or on a stage before the last.
@@ -71,6 +74,7 @@ class StepMetrics:
     def _reporting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
+        @functools.wraps(original)
         def report(*arguments: Any, **keywords: Any) -> Any:
             given = signature.bind(*arguments, **keywords).arguments
             self._evaluated.clear()

@@ -5,6 +5,7 @@ difference between two losses is a difference between samples.
 """
 
 import argparse
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -62,6 +63,7 @@ class Repeated:
 def _evaluating_first(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
+    @functools.wraps(original)
     def train(*arguments: Any, **keywords: Any) -> Any:
         from megatron.training import get_args, training
 
@@ -78,6 +80,7 @@ def _evaluating_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_fixed_validation(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
     def build(dataset: Any, consumed_samples: int, *rest: Any, **keywords: Any) -> Any:
         from megatron.core.datasets.utils import Split
 

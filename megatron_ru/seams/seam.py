@@ -26,12 +26,14 @@ class Seam:
     reason: str
     expects: tuple[str, ...] = ()
     optional: bool = False
-    _original: Any = field(default=_MISSING, init=False, repr=False)
+    _installed: bool = field(default=False, init=False, repr=False)
+    _own: Any = field(default=_MISSING, init=False, repr=False)
+    """What the owner's own dictionary held: a class may inherit the name, or hold it as a classmethod."""
 
     @property
     def installed(self) -> bool:
         """Whether the replacement is in place."""
-        return self._original is not _MISSING
+        return self._installed
 
     def install(self) -> bool:
         """Replaces the name once and returns whether it is in place; raises `UserError` when it moved."""
@@ -48,8 +50,9 @@ class Seam:
             )
         if self.expects:
             self._check_signature(original)
+        own = vars(owner).get(attribute, _MISSING)
         setattr(owner, attribute, self.make(original))
-        self._original = original
+        self._own, self._installed = own, True
         return True
 
     def undo(self) -> None:
@@ -57,8 +60,11 @@ class Seam:
         if not self.installed:
             return
         owner, attribute = self._owner()
-        setattr(owner, attribute, self._original)
-        self._original = _MISSING
+        if self._own is _MISSING:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, self._own)
+        self._own, self._installed = _MISSING, False
 
     def _owner(self) -> tuple[Any, str]:
         module_name, _, path = self.target.partition(":")
@@ -87,9 +93,14 @@ class Seam:
 
 
 def _version(target: str) -> str:
-    package = target.partition(".")[0].partition(":")[0]
+    package = target.partition(":")[0].partition(".")[0]
     if package == "megatron":
         from megatron.core.package_info import __version__
 
-        return f"megatron-core {__version__}"
-    return f"{package} {getattr(import_module(package), '__version__', 'of unknown version')}"
+        # megatron-core appends the git commit of the current folder, whosever that is.
+        return f"megatron-core {__version__.partition('+')[0]}"
+    try:
+        module = import_module(package)
+    except ModuleNotFoundError:
+        return f"{package}, which is not installed"
+    return f"{package} {getattr(module, '__version__', 'of unknown version')}"

@@ -133,13 +133,9 @@ def read_lines(files: Iterable[str | os.PathLike[str]]) -> Iterator[RawLine]:
                     if not content.isspace():
                         yield RawLine(name, number, content, stored.tell())
         except EOFError:
-            raise UserError(
-                f"{name} is cut off: the compressed data ends before its end mark; get it again"
-            ) from None
+            raise UserError(f"{name} is cut off: the compressed data ends before its end mark; get it again") from None
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(
-                f"{name} is not sound gzip ({error}); get it again, or rename it if it is no .gz"
-            ) from None
+            raise UserError(f"{name} is not sound gzip ({error}); get it again, or rename it if it is no .gz") from None
         except OSError as error:
             raise UserError(f"cannot read {name}: {error.strerror or error}") from None
 
@@ -147,9 +143,7 @@ def read_lines(files: Iterable[str | os.PathLike[str]]) -> Iterator[RawLine]:
 def require_readable_file(path: str | os.PathLike[str]) -> None:
     """Raises UserError unless `path` is a file that can be opened."""
     if os.path.isdir(path):
-        raise UserError(
-            f"{path} is a folder, not a file of JSON lines; name the files in it, such as {path}/*.jsonl"
-        )
+        raise UserError(f"{path} is a folder, not a file of JSON lines; name the files in it, such as {path}/*.jsonl")
     try:
         with open(path, "rb"):
             pass
@@ -166,9 +160,7 @@ def parse_object(line: bytes, text_field: str = "text") -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise MalformedLine(_why_not_json(line, error)) from None
     if not isinstance(value, dict):
-        raise MalformedLine(
-            f"expected a JSON object, found {_JSON_NAMES.get(type(value), type(value).__name__)}"
-        )
+        raise MalformedLine(f"expected a JSON object, found {_JSON_NAMES.get(type(value), type(value).__name__)}")
     if text_field not in value:
         # A long record has many fields; a few are enough to see the mistake.
         known = ", ".join(repr(key) for key in list(value)[:8]) or "none"
@@ -180,9 +172,7 @@ def parse_object(line: bytes, text_field: str = "text") -> dict[str, object]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise MalformedLine(
-            f"half of a surrogate pair in field {text_field!r} at character {error.start}"
-        ) from None
+        raise MalformedLine(f"half of a surrogate pair in field {text_field!r} at character {error.start}") from None
     return value
 
 

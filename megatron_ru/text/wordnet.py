@@ -29,17 +29,11 @@ def wordnet_documents(database: Path | None = None) -> Iterator[Document]:
     path = _installed_database() if database is None else database
     try:
         # Opened so that nothing is written beside it: the folder may belong to root.
-        with closing(
-            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
-        ) as connection:
-            senses = connection.execute(
-                "SELECT synset_id, lemma, definition FROM synsets ORDER BY rowid"
-            ).fetchall()
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+            senses = connection.execute("SELECT synset_id, lemma, definition FROM synsets ORDER BY rowid").fetchall()
             broader = connection.execute("SELECT sid, hypersid FROM hypernyms ORDER BY rowid").fetchall()
     except sqlite3.Error as error:
-        raise UserError(
-            f"cannot read the dictionary {path} ({error}); install wiki-ru-wordnet again"
-        ) from None
+        raise UserError(f"cannot read the dictionary {path} ({error}); install wiki-ru-wordnet again") from None
     yield from _documents(senses, broader)
 
 
@@ -112,13 +106,9 @@ def _documents(senses: list[tuple[int, str, str]], broader: list[tuple[int, int]
             )
             for record in records:
                 if sense := _sense(record):
-                    lines.append(
-                        sense + _related("Синонимы", synonyms) + _related("Обобщающие слова", list(kinds))
-                    )
+                    lines.append(sense + _related("Синонимы", synonyms) + _related("Обобщающие слова", list(kinds)))
         if lines:
-            yield Document(
-                text=_entry(word, lines), fields={"domain": "dictionary", "source": "wiki-ru-wordnet"}
-            )
+            yield Document(text=_entry(word, lines), fields={"domain": "dictionary", "source": "wiki-ru-wordnet"})
 
 
 def _entry(word: str, senses: list[str]) -> str:
@@ -182,7 +172,6 @@ def _installed_database() -> Path:
     package = importlib.util.find_spec("wiki_ru_wordnet")
     if package is None or not package.submodule_search_locations:
         raise UserError(
-            "the demo's text needs the package wiki-ru-wordnet, which is not installed: "
-            "pip install 'megatron-ru[demo]'"
+            "the demo's text needs the package wiki-ru-wordnet, which is not installed: pip install 'megatron-ru[demo]'"
         )
     return Path(package.submodule_search_locations[0]) / "database" / "wikiwordnet.db"

@@ -20,8 +20,7 @@ class ZstdReader(io.RawIOBase):
             import zstandard
         except ImportError:
             raise UserError(
-                f"reading {path} needs the package zstandard, which is not installed: "
-                "pip install 'megatron-ru[data]'"
+                f"reading {path} needs the package zstandard, which is not installed: pip install 'megatron-ru[data]'"
             ) from None
         return io.BufferedReader(cls(zstandard, path, stored), _CHUNK_BYTES)
 

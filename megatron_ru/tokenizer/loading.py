@@ -62,9 +62,7 @@ class SentencePieceTokenizer:
         self.path = str(path)
         try:
             # An empty file is a valid message of no fields, which sentencepiece takes without a word.
-            self._processor = sentencepiece.SentencePieceProcessor(
-                model_proto=Path(path).read_bytes() or b"-"
-            )
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"-")
         except (RuntimeError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else "its contents do not parse"
             raise UserError(
@@ -124,9 +122,7 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.eod: int | None = ids.get(control.get("eos_token", ""))
-        self._special = {
-            token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
-        }
+        self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -134,9 +130,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast call leaves out the character offsets, which nobody here reads.
-        return [
-            found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))

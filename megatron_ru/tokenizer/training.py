@@ -54,9 +54,7 @@ class TokenizerSettings:
 
     def __post_init__(self) -> None:
         if self.model_type not in get_args(ModelType):
-            raise UserError(
-                f"unknown model type {self.model_type!r}: choose one of {', '.join(get_args(ModelType))}"
-            )
+            raise UserError(f"unknown model type {self.model_type!r}: choose one of {', '.join(get_args(ModelType))}")
         if self.normalization not in get_args(Normalization):
             known = ", ".join(get_args(Normalization))
             raise UserError(f"unknown normalization {self.normalization!r}: choose one of {known}")
@@ -65,9 +63,7 @@ class TokenizerSettings:
         if not 0 < self.character_coverage <= 1:
             raise UserError(f"the character coverage is {self.character_coverage}; it must lie in (0, 1]")
         if self.max_sentences < 1:
-            raise UserError(
-                f"the number of sentences to learn from is {self.max_sentences}; it must be positive"
-            )
+            raise UserError(f"the number of sentences to learn from is {self.max_sentences}; it must be positive")
 
 
 def train_tokenizer(texts: Iterable[str], output: str | os.PathLike[str], settings: TokenizerSettings) -> int:

@@ -10,11 +10,11 @@ PACKAGE = Path(megatron_ru.__file__).parent
 FLOORS = {
     "foundation": 0,
     "config": 1,
-    **dict.fromkeys(("text", "tokenizer", "ops", "planning", "launch", "seams"), 2),
+    **dict.fromkeys(("text", "tokenizer", "ops", "planning", "launch", "seams", "figures"), 2),
     **dict.fromkeys(("tokens", "models"), 3),
     **dict.fromkeys(("batches", "gradients", "checkpoints"), 4),
     **dict.fromkeys(("adaptation", "evaluation", "plugin"), 5),
-    **dict.fromkeys(("engines", "hosts"), 6),
+    **dict.fromkeys(("engines", "hosts", "experiments"), 6),
     "commands": 7,
 }
 # The modules beside the rooms are doors from outside, above all floors.

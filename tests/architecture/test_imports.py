@@ -14,7 +14,9 @@ import megatron_ru
 PACKAGE = Path(megatron_ru.__file__).parent
 PROJECT = PACKAGE.parent
 
-TORCH_FREE_ROOMS = ("foundation", "config", "text", "tokenizer", "tokens", "planning", "launch", "commands")
+TORCH_FREE_ROOMS = (
+    "foundation", "config", "text", "tokenizer", "tokens", "planning", "launch", "figures", "experiments", "commands",
+)  # fmt: skip
 
 # What each optional distribution is imported as; None for one that is no Python module.
 OPTIONAL = {

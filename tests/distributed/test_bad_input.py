@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ru.tokens.indexed_dataset import write_dataset
 
-from .conftest import clean_environment
+from tests.training_runs import clean_environment
 
 
 @pytest.fixture

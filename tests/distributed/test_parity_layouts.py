@@ -2,7 +2,7 @@
 
 import pytest
 
-from .conftest import relative_difference
+from tests.training_runs import relative_difference
 
 TENSOR = ("--tensor-model-parallel-size", "2")
 PIPELINE = ("--pipeline-model-parallel-size", "2")

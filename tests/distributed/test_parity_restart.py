@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .conftest import kill_group, relative_difference, wait_for_step
+from tests.training_runs import kill_group, relative_difference, wait_for_step
 
 FOUR_RANKS = ("--tensor-model-parallel-size", "2", "--use-distributed-optimizer")
 

@@ -94,7 +94,8 @@ def torchrun(processes: int) -> list[str]:
 def clean_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment without anybody's ranks, one thread for each process."""
     kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **(extra or {})}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(extra or {})}
 
 
 def relative_difference(run: Run, other: Run) -> float:

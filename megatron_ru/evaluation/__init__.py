@@ -1,0 +1,1 @@
+"""What is done with a finished model to see what it has learned."""

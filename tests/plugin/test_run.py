@@ -1,0 +1,85 @@
+"""Which seams a run has."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.plugin.arguments import HOST_SPEC
+from megatron_ru.plugin.run import install_run, run_seams, undo_run
+
+ALWAYS = [
+    "megatron.core.datasets.utils:compile_helpers",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+]
+MODEL = [
+    "megatron.core.transformer.transformer_block:LayerNormImpl",
+    "megatron.core.models.gpt.gpt_model:GPTModel.__init__",
+]
+WHOLE = [
+    "megatron.core.tensor_parallel.layers:_initialize_affine_weight_gpu",
+    "megatron.core.tensor_parallel.layers:_initialize_affine_weight_cpu",
+]
+METRICS = ["megatron.training.training:training_log"]
+
+
+def arguments(**changes):
+    settings = {
+        "ru_variant": "llama2_tiny", "ru_metrics": None, "ru_validate_from_start": False, "ru_init": "whole",
+        "seed": 7, "spec": HOST_SPEC, "log_interval": 1,
+    }  # fmt: skip
+    return Namespace(**settings | changes)
+
+
+def targets(args):
+    return [seam.target for seam in run_seams(args)]
+
+
+def test_a_run_with_our_spec():
+    assert sorted(targets(arguments())) == sorted(ALWAYS + MODEL + WHOLE)
+
+
+def test_drawing_left_to_megatron():
+    assert sorted(targets(arguments(ru_init="megatron"))) == sorted(ALWAYS + MODEL)
+
+
+def test_another_spec_is_left_alone():
+    assert sorted(targets(arguments(spec=["somebody.else", "SPEC"]))) == sorted(ALWAYS)
+    assert sorted(targets(arguments(spec=None, ru_variant=None))) == sorted(ALWAYS)
+
+
+def test_metrics_and_validation_add_their_own(tmp_path):
+    found = targets(arguments(ru_metrics=str(tmp_path / "metrics.jsonl")))
+    assert set(METRICS) < set(found) - set(ALWAYS + MODEL + WHOLE)
+    plain, watched = targets(arguments()), targets(arguments(ru_validate_from_start=True))
+    assert set(plain) < set(watched)
+
+
+def test_unknown_variant():
+    with pytest.raises(UserError, match="unknown variant 'lama2_tiny'"):
+        run_seams(arguments(ru_variant="lama2_tiny"))
+
+
+def test_every_reason_is_told():
+    for seam in run_seams(arguments(ru_metrics="x", ru_validate_from_start=True)):
+        assert len(seam.reason) > 20, seam.target
+
+
+@pytest.mark.parametrize(("variant", "final"), [("llama2_tiny", "Norm"), ("gpt2_tiny", "IdentityOp")])
+def test_installed_and_taken_back(variant, final):
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import transformer_block
+
+    before = GPTModel.__init__, transformer_block.LayerNormImpl
+    install_run(arguments(ru_variant=variant))
+    try:
+        assert transformer_block.LayerNormImpl.__name__ == final
+        assert GPTModel.__init__ is not before[0]
+        # A second run in this process stands in the place of the first, not upon it.
+        install_run(arguments(ru_variant="llama2_tiny", ru_init="megatron"))
+        assert transformer_block.LayerNormImpl.__name__ == "Norm"
+    finally:
+        undo_run()
+    assert (GPTModel.__init__, transformer_block.LayerNormImpl) == before
+    undo_run()
