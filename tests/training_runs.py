@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,8 @@ def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], seco
 
 def kill_group(process: subprocess.Popen[str]) -> None:
     """Ends a run that `Trainer.start` started, with all its ranks."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

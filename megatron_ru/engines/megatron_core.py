@@ -3,12 +3,12 @@
 import os
 import sys
 import time
+import traceback
 import warnings
 from typing import Any
 
-from megatron_ru.foundation.mpi_rendezvous import ensure_rendezvous
 from megatron_ru.plugin.arguments import device_of
-from megatron_ru.plugin.rank_errors import exit_code_of, refused_by_megatron
+from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 
 
 def pretrain_gpt(words: list[str]) -> None:
@@ -16,7 +16,7 @@ def pretrain_gpt(words: list[str]) -> None:
 
     Raises `UserError` for input that cannot be trained on, before anything is written.
     """
-    ranks = ensure_rendezvous(os.environ)
+    ranks = meet_ranks()
     _share_cores(ranks.local_world_size)
     if device_of(words) == "cpu":
         from megatron_ru.seams.cpu_device import CPU_DEVICE
@@ -35,7 +35,7 @@ def pretrain_gpt(words: list[str]) -> None:
 
     from megatron_ru.engines.gpt_batches import datasets_provider, forward_step
     from megatron_ru.plugin.arguments import extend_parser
-    from megatron_ru.plugin.checks import check_complete, check_data, check_supported
+    from megatron_ru.plugin.checks import check_checkpoint_format, check_complete, check_data, check_supported
     from megatron_ru.plugin.run import install_run
 
     set_startup_timestamps(program_start=psutil.Process().create_time(), main_entry=time.time())
@@ -43,6 +43,7 @@ def pretrain_gpt(words: list[str]) -> None:
     def when_parsed(args: Any) -> None:
         check_complete(args)
         check_supported(args)
+        check_checkpoint_format(args)
         check_data(args)
         install_run(args)
 
@@ -53,7 +54,13 @@ def pretrain_gpt(words: list[str]) -> None:
         raise refused_by_megatron(error) from error
     # Each rank builds its own part of the datasets.
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    try:
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    except AssertionError as error:
+        # While the model is set up Megatron asserts that the checkpoint fits the arguments; later it asserts itself.
+        if any(frame.name == "setup_model_and_optimizer" for frame in traceback.extract_tb(error.__traceback__)):
+            raise refused_by_megatron(error) from error
+        raise
     _leave_process_group()
 
 

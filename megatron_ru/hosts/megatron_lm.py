@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.foundation.mpi_rendezvous import ensure_rendezvous
+from megatron_ru.plugin.rank_errors import meet_ranks
 from megatron_ru.seams.when_imported import when_imported
 
 _entered = False
@@ -46,7 +46,7 @@ def enter(words: list[str]) -> None:
     if _entered:
         return
     _entered = True
-    ensure_rendezvous(os.environ)
+    meet_ranks()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_ru.plugin.arguments import device_of
 
@@ -73,9 +73,10 @@ def _extend_arguments(arguments: ModuleType) -> None:
 
 
 def _when_parsed(args: Namespace) -> None:
-    from megatron_ru.plugin.checks import check_data, check_host
+    from megatron_ru.plugin.checks import check_checkpoint_format, check_data, check_host
     from megatron_ru.plugin.run import install_run
 
     check_host(args)
+    check_checkpoint_format(args)
     check_data(args)
     install_run(args)

@@ -86,6 +86,8 @@ def _set_machine_defaults(parser: argparse.ArgumentParser) -> None:
         # Attention is causal without a [sequence, sequence] mask in every batch.
         "create_attention_mask_in_dataloader": "--reset-attention-mask" in sys.argv,
         "make_vocab_size_divisible_by": _ByDefault(128),
+        # Megatron's default is None, with which its sample counts fail.
+        "eval_interval": 1000,
     }
     if _typed_value(parser, "transformer_impl") == "transformer_engine":
         defaults = {}

@@ -37,6 +37,7 @@ def check_complete(args: Any) -> None:
         "--micro-batch-size N": args.micro_batch_size is None,
         "--train-iters N (or --train-samples N)": not (args.train_iters or args.train_samples or args.skip_train),
         "--lr X": args.lr is None and not args.skip_train,
+        "--save-interval N (beside --save)": bool(args.save) and not args.save_interval,
         "--data-path PREFIX (or --mock-data)": not (has_data or args.mock_data),
         "--tokenizer-model FILE": args.tokenizer_type is None and args.tokenizer_model is None,
         "--num-layers N, --hidden-size N and --num-attention-heads N (or --ru-variant NAME)": not (
@@ -56,13 +57,26 @@ def check_host(args: Any) -> None:
     version = Version(Version(__version__).base_version)
     if not Version("0.16") <= version < Version("0.21"):
         raise UserError(
-            f"this Megatron-LM carries megatron-core {__version__}, expected 0.16 to 0.20; check out one of those"
+            f"this Megatron-LM carries megatron-core {version}, expected 0.16 to 0.20; check out one of those"
         )
     virtual = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     if CPU_DEVICE.installed and virtual and version < Version("0.17"):
         raise UserError(
             f"virtual pipeline stages on the CPU give losses that vary from run to run with megatron-core "
-            f"{__version__}; drop --num-layers-per-virtual-pipeline-stage, or check out core 0.17 or later"
+            f"{version}; drop --num-layers-per-virtual-pipeline-stage, or check out core 0.17 or later"
+        )
+
+
+def check_checkpoint_format(args: Any) -> None:
+    """Raises `UserError` for checkpoints that megatron-core could write here and never read again."""
+    if args.ckpt_format != "torch" or not args.use_distributed_optimizer or not (args.save or args.load):
+        return
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", True):
+        raise UserError(
+            "--ckpt-format torch with --use-distributed-optimizer cannot be loaded again without Apex or "
+            "TransformerEngine; use --ckpt-format torch_dist, or drop --use-distributed-optimizer"
         )
 
 

@@ -44,11 +44,12 @@ def run_seams(args: argparse.Namespace) -> list[Seam]:
         seams += validation_seams()
     if args.spec == HOST_SPEC:
         seams += _model_seams(variant)
-        if args.ru_init == "whole":
+        whole = args.ru_init == "whole" and not args.num_experts
+        if whole:
             from megatron_ru.models.initialisation import initialisation_seams
 
             seams += initialisation_seams()
-        seams.append(_model_built_seam(variant, args.seed if args.ru_init == "whole" else None))
+        seams.append(_model_built_seam(variant, args.seed if whole else None))
     return seams
 
 

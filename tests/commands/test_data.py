@@ -42,10 +42,7 @@ def test_tokenize_then_check(tmp_path, text, model, capsys):
     size = (tmp_path / "out" / "ru.bin").stat().st_size
     assert size == 2 * int(found[1])
     out = capsys.readouterr().out
-    assert (
-        f"{prefix}: 100 documents, 100 sequences, {found[1]} tokens (uint16, {size} bytes), highest id "
-        in out
-    )
+    assert f"{prefix}: 100 documents, 100 sequences, {found[1]} tokens (uint16, {size} bytes), highest id " in out
 
 
 def test_end_tokens_can_be_left_out(tmp_path, text, model):
@@ -67,9 +64,7 @@ def test_malformed_lines_stop_or_are_counted(tmp_path, text, model, capsys):
     assert tokenize(text, model, tmp_path / "ru") == 2
     assert sorted(tmp_path.iterdir()) == before
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"megatron-ru: error: {text}:101: field 'text' should be a string, found a number"
-    )
+    assert error.startswith(f"megatron-ru: error: {text}:101: field 'text' should be a string, found a number")
     assert tokenize(text, model, tmp_path / "ru", "--skip-malformed") == 0
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [

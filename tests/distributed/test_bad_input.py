@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from megatron_ru.tokens.indexed_dataset import write_dataset
-
 from tests.training_runs import clean_environment
 
 

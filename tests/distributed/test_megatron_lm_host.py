@@ -18,7 +18,9 @@ LAYOUT = ("--ru-variant", "llama2_tiny", "--tensor-model-parallel-size", "2", "-
 def checkouts():
     """The folders that hold a pretrain_gpt.py."""
     named = [Path(word) for word in os.environ.get("MEGATRON_LM_CHECKOUTS", "").split(":") if word]
-    folders = [folder for name in named for folder in ((name,) if (name / "pretrain_gpt.py").exists() else name.iterdir())]
+    folders = [
+        folder for name in named for folder in ((name,) if (name / "pretrain_gpt.py").exists() else name.iterdir())
+    ]
     return sorted(folder for folder in folders if (folder / "pretrain_gpt.py").exists())
 
 
@@ -53,9 +55,7 @@ def test_run_host_gives_our_losses_and_leaves_the_checkout_alone(trainer, own, c
 @pytest.mark.parametrize("checkout", checkouts(), ids=lambda folder: folder.name)
 def test_entry_point_of_torch_gives_our_losses(trainer, own, checkout):
     command = [*torchrun(4), str(checkout / "pretrain_gpt.py")]
-    run = trainer.run(
-        4, *LAYOUT, name=f"entry_{checkout.name}", command=command, environment={"MEGATRON_RU": "1"}
-    )
+    run = trainer.run(4, *LAYOUT, name=f"entry_{checkout.name}", command=command, environment={"MEGATRON_RU": "1"})
     run.assert_trained(range(1, 21))
     assert run.losses == own.losses
 

@@ -42,9 +42,7 @@ if ranks.rank == 1:
 distributed.barrier()
 """
 
-LAUNCHERS = re.compile(
-    "OMPI_|PMIX_|PMI_|MPI_|PRTE_|SLURM_|MV2_|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|TORCHELASTIC_"
-)
+LAUNCHERS = re.compile("OMPI_|PMIX_|PMI_|MPI_|PRTE_|SLURM_|MV2_|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_|TORCHELASTIC_")
 
 
 def environment(**changes):
@@ -191,16 +189,12 @@ def test_several_hosts_without_usable_mpi_are_told_what_to_do(mpi4py_that, code,
 
 def test_rank_that_waits_in_vain_stops(mpi4py_that):
     environ = mpi4py_that("import time; time.sleep(60)", ONE_HOST)
-    with pytest.raises(
-        UserError, match="rank 1 waited 1 s for the other ranks of Open MPI: if only some ranks"
-    ):
+    with pytest.raises(UserError, match="rank 1 waited 1 s for the other ranks of Open MPI: if only some ranks"):
         ensure_rendezvous(environ, start_seconds=1.0)
 
 
 def test_broken_mpi_is_an_error_and_no_silent_fallback(mpi4py_that):
-    environ = mpi4py_that(
-        "import os; print('links lost', file=__import__('sys').stderr); os._exit(1)", ONE_HOST
-    )
+    environ = mpi4py_that("import os; print('links lost', file=__import__('sys').stderr); os._exit(1)", ONE_HOST)
     with pytest.raises(UserError, match=r"MPI failed in rank 1 while .* \(links lost\): export MASTER_ADDR"):
         ensure_rendezvous(environ)
 
@@ -261,12 +255,8 @@ def test_first_address_that_every_host_reached_is_taken(monkeypatch):
     port = mpi_rendezvous.free_port()
     chosen = mpi_rendezvous._reachable_address(World([[False, True, True]]), port, leads_host=False)
     assert chosen == "127.0.0.1"
-    with pytest.raises(
-        UserError, match=rf"\(172.17.0.1, 127.0.0.1, localhost\) was reached on port {port} from ev"
-    ):
-        mpi_rendezvous._reachable_address(
-            World([[False, True, False], [True, False, False]]), port, leads_host=False
-        )
+    with pytest.raises(UserError, match=rf"\(172.17.0.1, 127.0.0.1, localhost\) was reached on port {port} from ev"):
+        mpi_rendezvous._reachable_address(World([[False, True, False], [True, False, False]]), port, leads_host=False)
 
 
 def test_stranger_on_the_port_is_not_rank_0():
@@ -280,9 +270,7 @@ def test_stranger_on_the_port_is_not_rank_0():
 
 
 def test_two_addresses_are_named_with_their_ranks():
-    with pytest.raises(
-        UserError, match="MASTER_ADDR is h1 for rank 0 and h2 for rank 2: export one value for all"
-    ):
+    with pytest.raises(UserError, match="MASTER_ADDR is h1 for rank 0 and h2 for rank 2: export one value for all"):
         mpi_rendezvous._same_everywhere(World([None, "h2"]), "MASTER_ADDR", {"MASTER_ADDR": "h1"})
     assert mpi_rendezvous._same_everywhere(World([None, "h1"]), "MASTER_ADDR", {}) == "h1"
     assert mpi_rendezvous._same_everywhere(World([None]), "MASTER_ADDR", {"MASTER_ADDR": ""}) is None

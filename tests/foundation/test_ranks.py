@@ -158,9 +158,7 @@ class TestSlurm:
 class TestMeetingOnOneHost:
     def test_ranks_of_one_mpirun_agree_and_another_mpirun_differs(self):
         first = rank_environment({**ONE_HOST, "PMIX_NAMESPACE": "prterun-host-10@1"})
-        again = rank_environment(
-            {**ONE_HOST, "OMPI_COMM_WORLD_RANK": "6", "PMIX_NAMESPACE": "prterun-host-10@1"}
-        )
+        again = rank_environment({**ONE_HOST, "OMPI_COMM_WORLD_RANK": "6", "PMIX_NAMESPACE": "prterun-host-10@1"})
         other = rank_environment({**ONE_HOST, "PMIX_NAMESPACE": "prterun-host-11@1"})
         assert first.master_address == "127.0.0.1"
         assert first.master_port == again.master_port != other.master_port

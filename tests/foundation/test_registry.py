@@ -48,14 +48,11 @@ def test_package_is_scanned_at_the_first_lookup(tmp_path, monkeypatch):
     package = tmp_path / "scanned_members"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "from megatron_ru.foundation.registry import Registry\n"
-        "MEMBERS = Registry('member', package=__name__)\n"
+        "from megatron_ru.foundation.registry import Registry\nMEMBERS = Registry('member', package=__name__)\n"
     )
     for name in ("one", "two"):
         (package / f"{name}.py").write_text(
-            "from scanned_members import MEMBERS\n"
-            f"@MEMBERS.register({name!r})\n"
-            f"def member(): return {name!r}\n"
+            f"from scanned_members import MEMBERS\n@MEMBERS.register({name!r})\ndef member(): return {name!r}\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
     from scanned_members import MEMBERS

@@ -18,9 +18,7 @@ def test_host_lists_expand_as_scontrol_does(written, hosts):
     assert expand_hosts(written) == hosts
 
 
-@pytest.mark.parametrize(
-    "written", ["", "gpu[1-", "gpu[5-3]", "gpu[]", "a,,b", "gpu[1-2", "a,", "gpu]1[", "a b"]
-)
+@pytest.mark.parametrize("written", ["", "gpu[1-", "gpu[5-3]", "gpu[]", "a,,b", "gpu[1-2", "a,", "gpu]1[", "a b"])
 def test_broken_host_list_is_named(written):
     with pytest.raises(UserError, match="is not a Slurm host list such as"):
         expand_hosts(written)

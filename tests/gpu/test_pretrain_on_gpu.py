@@ -27,9 +27,7 @@ def test_checkpoint_of_the_gpu_continues_exactly(trainer):
     first = trainer.run(1, "--device", "cuda", "--use-distributed-optimizer", "--save", str(save), "--save-interval",
                         "10", "--exit-interval", "10", name="gpu_first")  # fmt: skip
     first.assert_trained(range(1, 11))
-    second = trainer.run(
-        1, "--device", "cuda", "--use-distributed-optimizer", "--load", str(save), name="gpu_second"
-    )
+    second = trainer.run(1, "--device", "cuda", "--use-distributed-optimizer", "--load", str(save), name="gpu_second")
     second.assert_trained(range(11, 21))
     assert relative_difference(whole, second) < 1e-6
 

@@ -48,7 +48,7 @@ def entering(monkeypatch):
     """The calls that `enter` makes outside this process's own state."""
     calls = []
     monkeypatch.setattr(megatron_lm, "_entered", False)
-    monkeypatch.setattr(megatron_lm, "ensure_rendezvous", lambda environ: calls.append("ranks"))
+    monkeypatch.setattr(megatron_lm, "meet_ranks", lambda: calls.append("ranks"))
     monkeypatch.setattr(megatron_lm, "when_imported", lambda name, act: calls.append((name, act)))
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     yield calls
@@ -102,8 +102,9 @@ def test_a_parser_function_that_moved_is_named(monkeypatch):
 
 def test_after_parsing_everything_is_checked_before_anything_is_replaced(monkeypatch):
     order = []
-    for where in ("checks.check_host", "checks.check_data", "run.install_run"):
+    for where in ("checks.check_host", "checks.check_checkpoint_format", "checks.check_data", "run.install_run"):
         name = where.partition(".")[2]
         monkeypatch.setattr(f"megatron_ru.plugin.{where}", lambda args, name=name: order.append((name, args)))
     megatron_lm._when_parsed("args")
-    assert order == [("check_host", "args"), ("check_data", "args"), ("install_run", "args")]
+    names = ["check_host", "check_checkpoint_format", "check_data", "install_run"]
+    assert order == [(name, "args") for name in names]

@@ -209,16 +209,12 @@ def test_a_name_is_taken_once():
 
 
 def test_an_unknown_name_is_answered_with_close_ones():
-    with pytest.raises(
-        UserError, match=r"unknown variant 'llama_tiny'.*did you mean .*llama2_tiny.*known variants: "
-    ):
+    with pytest.raises(UserError, match=r"unknown variant 'llama_tiny'.*did you mean .*llama2_tiny.*known variants: "):
         find_variant("llama_tiny")
 
 
 def test_a_hopeless_name_is_answered_with_all():
-    with pytest.raises(
-        UserError, match=r"unknown variant 'zzz'.*known variants: activation_geglu, .*solar_10b7"
-    ):
+    with pytest.raises(UserError, match=r"unknown variant 'zzz'.*known variants: activation_geglu, .*solar_10b7"):
         find_variant("zzz")
 
 

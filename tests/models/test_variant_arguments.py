@@ -189,12 +189,8 @@ def test_refinements_that_do_not_fit_together_are_told():
     assert refusal("--ru-variant ru_7b3 --num-attention-heads 30") == (
         "variant ru_7b3: hidden size 4096 does not divide by 30 attention heads"
     )
-    assert "2 attention heads do not divide into groups of 4" in refusal(
-        "--ru-variant ru_7b3 --num-attention-heads 2"
-    )
-    assert "longer than its attention window of 4096 tokens" in refusal(
-        "--ru-variant mistral_7b --seq-length 8192"
-    )
+    assert "2 attention heads do not divide into groups of 4" in refusal("--ru-variant ru_7b3 --num-attention-heads 2")
+    assert "longer than its attention window of 4096 tokens" in refusal("--ru-variant mistral_7b --seq-length 8192")
     assert "a context of 4096 tokens is longer than max_position_embeddings, 1024" in refusal(
         "--ru-variant ru_7b3 --max-position-embeddings 1024"
     )
@@ -239,9 +235,7 @@ def test_a_plain_parser_gets_only_the_destinations_it_has():
     }  # fmt: skip
     # An alias is explicit as well, even where it repeats the parser's default.
     assert parser.parse_args(["--ru-variant", "llama2_tiny", "-L", "1"]).num_layers == 1
-    with pytest.raises(
-        UserError, match="--no-swiglu contradicts --ru-variant llama2_tiny, which decides the act"
-    ):
+    with pytest.raises(UserError, match="--no-swiglu contradicts --ru-variant llama2_tiny, which decides the act"):
         parser.parse_args(["--ru-variant", "llama2_tiny", "--no-swiglu"])
 
 

@@ -62,9 +62,7 @@ def test_the_formula_is_what_the_modules_hold(name, tied):
 def test_heads_of_their_own_size_count():
     v = dataclasses.replace(find_variant("llama3_tiny"), kv_channels=32)
     # Query, output: 128 x 8·32 each; key, value: 128 x 4·32 each; in place of heads of 16.
-    assert count_parameters(v) - count_parameters(find_variant("llama3_tiny")) == 4 * (
-        2 * 128**2 + 2 * 128 * 64
-    )
+    assert count_parameters(v) - count_parameters(find_variant("llama3_tiny")) == 4 * (2 * 128**2 + 2 * 128 * 64)
     assert count_parameters(v) == parameters_on_meta(v)
 
 

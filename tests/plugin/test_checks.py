@@ -6,7 +6,14 @@ import pytest
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.plugin import checks
-from megatron_ru.plugin.checks import check_complete, check_host, check_supported, data_prefixes, vocab_size_of
+from megatron_ru.plugin.checks import (
+    check_checkpoint_format,
+    check_complete,
+    check_host,
+    check_supported,
+    data_prefixes,
+    vocab_size_of,
+)
 
 
 def test_what_our_entry_does_not_carry_out():
@@ -35,6 +42,7 @@ def complete(**changes):
         "data_args_path": None, "per_split_data_args_path": None, "micro_batch_size": 1, "train_iters": 5,
         "train_samples": None, "skip_train": False, "lr": 1e-3, "mock_data": False, "tokenizer_type": None,
         "tokenizer_model": "a.model", "num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": None,
+        "save": None, "save_interval": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
 
@@ -48,6 +56,7 @@ def complete(**changes):
         ({"data_path": None}, "--data-path PREFIX (or --mock-data)"),
         ({"tokenizer_model": None}, "--tokenizer-model FILE"),
         ({"num_layers": None}, "--num-layers N, --hidden-size N and --num-attention-heads N (or --ru-variant NAME)"),
+        ({"save": "checkpoints"}, "--save-interval N (beside --save)"),
         ({"lr": None, "micro_batch_size": None}, "--micro-batch-size N; --lr X"),
     ],
 )
@@ -63,6 +72,7 @@ def test_other_ways_to_be_complete():
     check_complete(complete(data_path=None, per_split_data_args_path="splits.json"))
     check_complete(complete(data_path=None, train_data_path=["text"]))
     check_complete(complete(train_iters=None, train_samples=10))
+    check_complete(complete(save="checkpoints", save_interval=5))
     check_complete(complete(train_iters=None, lr=None, skip_train=True))
 
 
@@ -128,3 +138,28 @@ def test_vocabulary_of_the_arguments():
     assert vocab_size_of(complete(tokenizer_type="TikTokenizer", tokenizer_model="x.json")) is None
     with pytest.raises(UserError, match=r"^--tokenizer-type SentencePieceTokenizer needs --tokenizer-model FILE$"):
         vocab_size_of(complete(tokenizer_type="SentencePieceTokenizer", tokenizer_model=None))
+
+
+def checkpoints(**changes):
+    settings = {"ckpt_format": "torch", "use_distributed_optimizer": True, "save": "checkpoints", "load": None}
+    return Namespace(**settings | changes)
+
+
+def test_checkpoints_that_could_not_be_read_again(monkeypatch):
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", False)
+    for changes in ({}, {"save": None, "load": "checkpoints"}):
+        with pytest.raises(UserError, match="--ckpt-format torch with --use-distributed-optimizer cannot be loaded"):
+            check_checkpoint_format(checkpoints(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ckpt_format": "torch_dist"}, {"use_distributed_optimizer": False}, {"save": None}]
+)
+def test_checkpoints_that_can(monkeypatch, changes):
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", False)
+    assert check_checkpoint_format(checkpoints(**changes)) is None
+
+
+def test_apex_and_transformer_engine_read_every_format(monkeypatch):
+    monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", True)
+    assert check_checkpoint_format(checkpoints()) is None

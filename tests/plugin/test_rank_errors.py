@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.plugin.rank_errors import exit_code_of, refused_by_megatron
+from megatron_ru.plugin import rank_errors
+from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 
 
 def fail():
@@ -35,8 +36,21 @@ def test_the_first_rank_of_a_host_speaks_for_all(monkeypatch, capsys, rank, said
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
+    waited = []
+    monkeypatch.setattr(rank_errors.time, "sleep", waited.append)
     assert exit_code_of(fail, "megatron-ru pretrain_gpt") == 2
     assert capsys.readouterr().err == ("megatron-ru pretrain_gpt: error: a is 3, expected 2\n" if said else "")
+    assert waited == ([] if said else [2.0]), "who is silent must not leave before the one that speaks"
+
+
+def test_a_rank_whose_environment_is_at_fault_speaks_for_itself(monkeypatch, capsys):
+    def environment_at_fault(environ):
+        fail()
+
+    monkeypatch.setattr(rank_errors, "ensure_rendezvous", environment_at_fault)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert exit_code_of(meet_ranks, "megatron-ru pretrain_gpt") == 2
+    assert capsys.readouterr().err == "megatron-ru pretrain_gpt: error: a is 3, expected 2\n"
 
 
 def test_once_they_have_met_each_rank_speaks_for_itself(monkeypatch, capsys):

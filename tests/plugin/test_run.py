@@ -27,13 +27,18 @@ METRICS = ["megatron.training.training:training_log"]
 def arguments(**changes):
     settings = {
         "ru_variant": "llama2_tiny", "ru_metrics": None, "ru_validate_from_start": False, "ru_init": "whole",
-        "seed": 7, "spec": HOST_SPEC, "log_interval": 1,
+        "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
 
 
 def targets(args):
     return [seam.target for seam in run_seams(args)]
+
+
+def test_experts_are_drawn_by_megatron():
+    # Their names in the whole model depend on the expert-parallel rank.
+    assert sorted(targets(arguments(num_experts=4))) == sorted(ALWAYS + MODEL)
 
 
 def test_a_run_with_our_spec():

@@ -220,10 +220,17 @@ def test_device_of_a_rank(cpu_device, monkeypatch):
     assert properties.multi_processor_count == torch.get_num_threads()
 
 
-def test_torch_itself_sees_no_accelerator(cpu_device):
-    assert torch.accelerator.is_available() is False
-    assert torch.accelerator.current_accelerator() is None
-    assert torch.accelerator.current_accelerator(check_available=True) is None
+def test_torch_itself_sees_no_accelerator(monkeypatch):
+    # On a machine with an unused GPU torch would answer otherwise.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    CPU_DEVICE.install()
+    try:
+        assert torch.accelerator.is_available() is False
+        assert torch.accelerator.current_accelerator() is None
+        assert torch.accelerator.current_accelerator(check_available=True) is None
+    finally:
+        CPU_DEVICE.undo()
 
 
 def test_streams(cpu_device):

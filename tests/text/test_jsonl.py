@@ -57,9 +57,7 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_harm(tmp_path):
 
 def test_another_field_may_hold_the_text(tmp_path):
     file = write(tmp_path / "a.jsonl", b'{"text": 1, "body": "b"}')
-    assert [(document.text, document.fields) for document in read_documents([file], "body")] == [
-        ("b", {"text": 1})
-    ]
+    assert [(document.text, document.fields) for document in read_documents([file], "body")] == [("b", {"text": 1})]
 
 
 def test_lines_know_how_far_the_file_has_been_read(tmp_path):
@@ -82,9 +80,7 @@ def test_malformed_lines_that_are_skipped_are_each_reported_and_counted(tmp_path
     reports: list[str] = []
     malformed = MalformedLines(skip=True, report=reports.append)
     documents = list(read_documents([file], malformed=malformed))
-    assert [document.line for document in documents] == [
-        2 * number for number in range(1, len(MALFORMED) + 1)
-    ]
+    assert [document.line for document in documents] == [2 * number for number in range(1, len(MALFORMED) + 1)]
     assert malformed.count == len(MALFORMED)
     assert [report.split(": ")[0] for report in reports] == [
         f"{file}:{2 * number - 1}" for number in range(1, len(MALFORMED) + 1)
@@ -161,9 +157,7 @@ def test_damage_inside_an_archive_is_an_error(tmp_path):
 def test_without_zstandard_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(
-        UserError, match=r"a\.jsonl\.zst needs .*zstandard.*pip install 'megatron-ru\[data\]'"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst needs .*zstandard.*pip install 'megatron-ru\[data\]'"):
         list(read_documents([tmp_path / "a.jsonl.zst"]))
 
 

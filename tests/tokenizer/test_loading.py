@@ -88,9 +88,7 @@ def test_the_vocabulary_size_covers_the_highest_id(hugging_face_file):
 def test_batches_are_encoded_as_single_texts_are(sentencepiece_model, hugging_face_file, texts):
     for path in (sentencepiece_model, hugging_face_file()):
         tokenizer = load_tokenizer(path)
-        assert tokenizer.encode_batch([*texts[:20], ""]) == [
-            tokenizer.encode(text) for text in texts[:20]
-        ] + [[]]
+        assert tokenizer.encode_batch([*texts[:20], ""]) == [tokenizer.encode(text) for text in texts[:20]] + [[]]
 
 
 def test_a_folder_stands_for_the_tokenizer_in_it(hugging_face_file, tmp_path, sentencepiece_model):

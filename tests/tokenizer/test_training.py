@@ -80,24 +80,16 @@ def test_a_line_too_long_for_sentencepiece_is_learned_in_pieces(tmp_path):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_a_vocabulary_too_large_for_the_text_names_one_that_is_not(tmp_path, model_type):
     texts = ["раз два три четыре пять"] * 20
-    with pytest.raises(
-        UserError, match=r"vocabulary of 5000 is too large .* its 20 lines .*--vocab-size"
-    ) as raised:
-        train_tokenizer(
-            texts, tmp_path / "a.model", TokenizerSettings(model_type=model_type, vocab_size=5000)
-        )
+    with pytest.raises(UserError, match=r"vocabulary of 5000 is too large .* its 20 lines .*--vocab-size") as raised:
+        train_tokenizer(texts, tmp_path / "a.model", TokenizerSettings(model_type=model_type, vocab_size=5000))
     assert list(tmp_path.iterdir()) == []
     possible = int(str(raised.value).split("--vocab-size ")[1].split()[0])
-    train_tokenizer(
-        texts, tmp_path / "a.model", TokenizerSettings(model_type=model_type, vocab_size=possible)
-    )
+    train_tokenizer(texts, tmp_path / "a.model", TokenizerSettings(model_type=model_type, vocab_size=possible))
     assert load_tokenizer(tmp_path / "a.model").vocab_size == possible
 
 
 def test_a_vocabulary_too_small_for_the_characters_says_what_they_need(tmp_path):
-    with pytest.raises(
-        UserError, match=r"vocabulary of 100 is too small: .* need 2\d\d; pass that --vocab-size"
-    ):
+    with pytest.raises(UserError, match=r"vocabulary of 100 is too small: .* need 2\d\d; pass that --vocab-size"):
         train_tokenizer(["раз два"], tmp_path / "a.model", TokenizerSettings(vocab_size=100))
     assert list(tmp_path.iterdir()) == []
 

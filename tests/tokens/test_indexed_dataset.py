@@ -56,9 +56,7 @@ def test_megatron_writes_the_same_files_and_reads_ours(tmp_path, documents, voca
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
     read = theirs.IndexedDataset(str(tmp_path / "ours"))
-    assert [read[index].tolist() for index in range(len(read))] == [
-        document for document in documents if document
-    ]
+    assert [read[index].tolist() for index in range(len(read))] == [document for document in documents if document]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 65_499, 65_500, 65_536, 256_000])
@@ -179,9 +177,7 @@ def test_a_bin_of_another_index_is_found(tmp_path):
     write(tmp_path / "a")
     with (tmp_path / "a.bin").open("ab") as stream:
         stream.write(b"\0\0")
-    with pytest.raises(
-        UserError, match=r"does not belong to its index: the index promises 18 bytes .* has 20"
-    ):
+    with pytest.raises(UserError, match=r"does not belong to its index: the index promises 18 bytes .* has 20"):
         check_dataset(tmp_path / "a")
 
 
@@ -234,9 +230,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        UserError, match=r"no space is left for \S*a\.bin .*nothing was kept: free some space in"
-    ):
+    with pytest.raises(UserError, match=r"no space is left for \S*a\.bin .*nothing was kept: free some space in"):
         write(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

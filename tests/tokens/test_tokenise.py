@@ -97,9 +97,7 @@ def test_malformed_lines_stop_or_are_reported_in_order(tmp_path, model, jsonl_fi
 
 def test_inputs_are_looked_at_before_anything_is_done(tmp_path, model, jsonl_files):
     with pytest.raises(UserError, match=r"cannot read \S*absent\.jsonl"):
-        tokenise(
-            [*jsonl_files, tmp_path / "absent.jsonl"], model, tmp_path / "out" / "ru", TokeniseSettings()
-        )
+        tokenise([*jsonl_files, tmp_path / "absent.jsonl"], model, tmp_path / "out" / "ru", TokeniseSettings())
     assert not (tmp_path / "out").exists()
 
 
@@ -145,9 +143,7 @@ def test_a_killed_worker_ends_the_run_with_nothing_left(tmp_path, model, jsonl_f
             children[0].join()
 
     with pytest.raises(UserError, match=r"a worker process died .* fewer --workers than 2"):
-        tokenise(
-            jsonl_files * 5, model, tmp_path / "out" / "ru", TokeniseSettings(workers=2), progress=kill_one
-        )
+        tokenise(jsonl_files * 5, model, tmp_path / "out" / "ru", TokeniseSettings(workers=2), progress=kill_one)
     assert contents(tmp_path / "out") == {}
     assert multiprocessing.active_children() == []
 
@@ -165,9 +161,7 @@ sys.exit(main(sys.argv[1:]))
 def test_a_write_that_fails_is_one_sentence(tmp_path, model, jsonl_files, workers):
     words = ["data", "tokenize", "--input", *jsonl_files * 100, "--tokenizer", model]
     words += ["--output", str(tmp_path / "out" / "ru"), "--workers", str(workers)]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == (
         f"megatron-ru: error: cannot write {tmp_path}/out/ru.bin: File too large; nothing was kept\n"
