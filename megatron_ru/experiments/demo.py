@@ -39,21 +39,21 @@ class DemoSettings:
     """Sizes of the demo."""
 
     entries: int = 30_000
-    """Dictionary entries: text for about three times the training."""
+    """Dictionary entries: text for more than four times the training."""
     vocab_size: int = 4096
-    steps: int = 300
-    stop_at: int = 180
+    steps: int = 240
+    stop_at: int = 150
     """The step at which training is stopped and started again from its checkpoint."""
     micro_batch: int = 8
     global_batch: int = 16
     learning_rate: float = 3e-3
     warmup: int = 20
-    evaluate_every: int = 45
+    evaluate_every: int = 50
     """Does not divide `steps`: Megatron evaluates at the end by itself."""
     evaluate_batches: int = 8
     improvement: float = 0.35
     """By how much, at least, the validation loss must fall."""
-    prompts: tuple[str, ...] = ("берёза — ", "учитель:\n1. ", "бежать — ")
+    prompts: tuple[str, ...] = ("берёза — дерево, ", "учитель — тот, кто ", "бежать — ")
     tokens: int = 60
 
 

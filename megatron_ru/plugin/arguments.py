@@ -46,6 +46,7 @@ def extend_parser(
         help="Draw each weight whole and keep the shard, so that the initial model does not depend on the parallel "
         "layout (whole), or leave the drawing to Megatron.",
     )  # fmt: skip
+    _mend_help(parser)
     _set_machine_defaults(parser)
     _finish_after_parsing(parser, when_parsed)
     return parser
@@ -96,6 +97,16 @@ def _set_machine_defaults(parser: argparse.ArgumentParser) -> None:
         defaults |= {"distributed_backend": "gloo", "num_workers": 0}
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escapes the per cent signs of help texts that argparse cannot format: with one of them, as in megatron-core
+    0.19, `--help` is a traceback."""
+    for action in parser._actions:
+        try:
+            str(action.help) % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _typed_value(parser: argparse.ArgumentParser, dest: str) -> str | None:

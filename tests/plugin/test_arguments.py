@@ -166,3 +166,20 @@ def test_tokenizer_of_no_kind(monkeypatch):
         UserError, match=r"^--tokenizer-model a.bin is neither a sentencepiece .model, a tokenizer.json"
     ):
         parse("--tokenizer-model", "a.bin", monkeypatch=monkeypatch)
+
+
+def test_help_of_the_wheel_can_be_printed(capsys):
+    extend_parser(parser()).print_help()
+    text = capsys.readouterr().out
+    assert "--ru-variant NAME" in text
+    assert "--tensor-model-parallel-size" in text
+
+
+def test_a_per_cent_sign_in_somebody_s_help_is_kept(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", default=3, help="sampled (50%) of them, default %(default)s")
+    parser.add_argument("--size", default=3, help="default %(default)s")
+    extend_parser(parser).print_help()
+    text = capsys.readouterr().out
+    assert "(50%)" in text
+    assert "default 3" in text
