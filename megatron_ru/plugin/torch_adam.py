@@ -3,9 +3,11 @@
 Torch keeps a step count with each parameter. megatron-core (0.16 to 0.20) reads it from an optimizer that has not
 stepped yet, which fails while a checkpoint is loaded; it restores it as one tensor that all parameters share, which
 torch then increments once for each; and it overwrites it with the count of the empty optimizer that served as the
-template of the loading. Any of these makes the bias correction wrong from the first step after a restart.
+template of the loading, or looks for a count that the format for any layout does not hold. Any of these ends the
+restart, or makes the bias correction wrong from its first step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,12 @@ def torch_adam_seams() -> list[Seam]:
             make=_with_own_steps,
             expects=("self", "state_dict"),
             reason="megatron-core gives all parameters one step tensor, with the count of an empty optimizer",
+        ),
+        Seam(
+            target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+            make=_without_step,
+            expects=("self", "model_param", "tensors"),
+            reason="megatron-core copies a step count that is stale, or that --dist-ckpt-optim-fully-reshardable lacks",
         ),
     ]
 
@@ -67,3 +75,12 @@ def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
             state["step"] = torch.tensor(step, dtype=torch.float32)
 
     return load_state_dict
+
+
+def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_states(self: Any, model_param: Any, tensors: Any) -> None:
+        # What is no tensor is passed over; the count comes from the groups.
+        original(self, model_param, {**tensors, "step": None})
+
+    return set_states

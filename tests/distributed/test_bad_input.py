@@ -20,7 +20,7 @@ def refuse(trainer, tmp_path):
         save = tmp_path / "checkpoints"
         done = subprocess.run(
             [sys.executable, "-m", "megatron_ru.pretrain_gpt", *trainer.words(*words, name="refused", steps=2),
-             "--save", str(save)],
+             "--save", str(save), "--save-interval", "1"],
             env=clean_environment(environment), cwd=tmp_path, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]

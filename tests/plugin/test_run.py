@@ -12,6 +12,7 @@ ALWAYS = [
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
 ]
 MODEL = [
     "megatron.core.transformer.transformer_block:LayerNormImpl",

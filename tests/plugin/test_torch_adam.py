@@ -126,6 +126,21 @@ def test_an_optimizer_without_steps_has_a_state(seams):
         assert torch.equal(asked_never.model.module.state_dict()[name], weight), name
 
 
+@pytest.mark.parametrize("saved", [{}, {"step": torch.tensor(99.0)}], ids=["no count", "stale count"])
+def test_tensors_of_a_checkpoint_leave_the_count_alone(seams, saved):
+    begun = Training()
+    begun.train(range(2))
+    weight = begun.model.module.second.weight
+    main = next(shard for shard in begun.shards if shard.numel() == weight.numel())
+    zeros = dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), torch.zeros(weight.numel()))
+    with torch.no_grad():
+        begun.optimizer._set_main_param_and_optimizer_states(weight, {**zeros, **saved})
+    state = begun.optimizer.optimizer.state[main]
+    assert state["step"].item() == 2
+    assert not main.any()
+    assert not state["exp_avg"].any()
+
+
 def test_without_the_seams_megatron_fails_here(one_process):
     # The day it does not, the seams can go.
     with pytest.raises(AssertionError):
