@@ -1,6 +1,6 @@
 """Continue a text with a trained model.
 
-    megatron-ru generate --load demo/checkpoint --prompt 'берёза — '
+    megatron-ru generate --load demo/checkpoint --prompt 'берёза —'
 
 Loads the latest torch_dist checkpoint of pretrain_gpt into one process, whatever parallel layout saved it. Variant,
 sizes and tokenizer are those of the run that saved it; the two flags are for a tokenizer that has moved, and for

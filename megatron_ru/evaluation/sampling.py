@@ -39,15 +39,19 @@ def continue_text(
 ) -> str:
     """The text that the model puts after `prompt`, whole characters only.
 
-    The model sees the last `context` tokens. An empty prompt begins a new document. Raises `UserError` when it is
-    empty and the tokenizer has no token that ends documents.
+    The model sees the last `context` tokens. An empty prompt begins a new document; spaces at the end of a prompt are
+    not shown to the model. Raises `UserError` when it is empty and the tokenizer has no token that ends documents.
     """
-    ids = tokenizer.encode(prompt)
+    # A space belongs to the word that follows it: encoded alone it would promise what stands alone after a space in
+    # the training text, a digit.
+    bare = prompt.rstrip(" ")
+    ids = tokenizer.encode(bare)
     if not ids and tokenizer.eod is None:
         raise UserError(f"the prompt is empty and {tokenizer.path} has no end-of-document token; give --prompt TEXT")
     start = ids or [tokenizer.eod]  # type: ignore[list-item]
     drawn = draw_tokens(next_logits, start, context, tokenizer.vocab_size, tokenizer.eod, settings)
-    return decode_continuation(tokenizer, ids, drawn)
+    text = decode_continuation(tokenizer, ids, drawn)
+    return text.removeprefix(" ") if bare != prompt else text
 
 
 def draw_tokens(

@@ -53,13 +53,13 @@ class DemoSettings:
     evaluate_batches: int = 8
     improvement: float = 0.35
     """By how much, at least, the validation loss must fall."""
-    prompts: tuple[str, ...] = ("берёза — дерево, ", "учитель — тот, кто ", "бежать — ")
+    prompts: tuple[str, ...] = ("берёза — дерево", "учитель — тот, кто", "бежать —")
     tokens: int = 60
 
 
 QUICK = DemoSettings(
     entries=3000, vocab_size=1024, steps=24, stop_at=16, warmup=4, evaluate_every=16, evaluate_batches=2,
-    improvement=0.05, prompts=("берёза — ",), tokens=20,
+    improvement=0.05, prompts=("берёза —",), tokens=20,
 )  # fmt: skip
 """All stages in about a minute, with a model that has seen next to nothing."""
 

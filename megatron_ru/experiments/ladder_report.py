@@ -27,15 +27,14 @@ class LadderRun:
 
 def table_text(table: PublishedTable, runs: Mapping[str, LadderRun]) -> str:
     """The lines of a table with the published loss, ours and what follows, and where the two disagree."""
-    header = ["variant", "difference", "published", "change", "here", "change", "parameters", "ms/step"]
+    header = ["variant", "published", "change", "here", "change", "parameters", "ms/step"]
     rows = []
     for name, loss in table.losses.items():
-        variant, run = find_variant(name), runs[name]
+        run = runs[name]
         parent = _reference(name, table)
         rows.append(
             [
                 name,
-                variant.difference,
                 "-" if loss is None else f"{loss:.3f}",
                 _change(loss, table.losses.get(parent) if parent else None),
                 f"{run.validation_loss:.3f}",
@@ -44,7 +43,7 @@ def table_text(table: PublishedTable, runs: Mapping[str, LadderRun]) -> str:
                 f"{1000 * run.step_seconds:.0f}",
             ]
         )
-    lines = [text_table(header, rows, right={2, 3, 4, 5, 6, 7}), "", _agreement(table, runs)]
+    lines = [text_table(header, rows, right={1, 2, 3, 4, 5, 6}), "", _agreement(table, runs)]
     if table.note:
         lines.append(table.note)
     return "\n".join(lines)

@@ -120,7 +120,10 @@ def test_text_is_continued(tokenizer):
     def recite(tokens):
         return torch.nn.functional.one_hot(torch.tensor(target[tokens.shape[1]]), tokenizer.vocab_size).float() * 100
 
-    assert continue_text(recite, tokenizer, "берёза", 64, SamplingSettings(temperature=0)) == " — дерево"
+    greedy = SamplingSettings(temperature=0)
+    assert continue_text(recite, tokenizer, "берёза", 64, greedy) == " — дерево"
+    # The model would see another token for the space than the one that begins a word.
+    assert continue_text(recite, tokenizer, "берёза — ", 64, greedy) == "дерево"
 
 
 def test_an_empty_prompt_begins_a_document(tokenizer):

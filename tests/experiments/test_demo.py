@@ -100,7 +100,7 @@ def test_demo_from_text_to_figure(tmp_path):
     assert [line["iteration"] for line in lines if "lm loss" in line] == list(range(1, 25))
     assert [line["iteration"] for line in lines if "validation lm loss" in line] == [0, 16, 16, 24]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "continuation.txt").read_text().startswith("берёза — ")
+    assert (out / "continuation.txt").read_text().startswith("берёза —")
     assert "validation loss" in done.stdout
 
 
