@@ -44,7 +44,7 @@ def run_seams(args: argparse.Namespace) -> list[Seam]:
         seams += validation_seams()
     if args.spec == HOST_SPEC:
         seams += _model_seams(variant)
-        whole = args.ru_init == "whole" and not args.num_experts
+        whole = args.ru_init == "whole" and not getattr(args, "num_experts", None)
         if whole:
             from megatron_ru.models.initialisation import initialisation_seams
 

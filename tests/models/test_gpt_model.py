@@ -31,7 +31,8 @@ class PlainGpt:
         """Logits [batch, sequence, vocabulary] of ids [batch, sequence]."""
         x = self.w["embedding.word_embeddings.weight"][ids]
         if self.v.positions == "sinusoidal":
-            x = x + self.sinusoids(ids.shape[1])
+            # Against embeddings times the root of their size, as the source of the formula has it.
+            x = x + self.sinusoids(ids.shape[1]) / self.v.hidden_size**0.5
         if self.v.positions == "learned":
             x = x + self.w["embedding.position_embeddings.weight"][: ids.shape[1]]
         for layer in range(self.v.num_layers):

@@ -8,17 +8,22 @@ from megatron_ru.models.positions import SelfAttentionWithPositions, SinusoidalP
 from megatron_ru.ops.sinusoidal import sinusoidal_table
 
 
+def scaled_table(length, hidden, dtype=torch.float32):
+    """The table in the proportion to the embeddings that its source gives it."""
+    return (sinusoidal_table(length, hidden, torch.float64) / hidden**0.5).to(dtype)
+
+
 def test_a_lookup_without_parameters():
     positions = SinusoidalPositions(10, 6)
     ids = torch.tensor([[0, 1, 2], [7, 0, 9]])
-    assert torch.equal(positions(ids), sinusoidal_table(10, 6)[ids])
+    assert torch.equal(positions(ids), scaled_table(10, 6)[ids])
     assert not list(positions.parameters())
     # A checkpoint holds no table, and one that does not can be read.
     assert not positions.state_dict()
     positions.load_state_dict({})
     assert positions.bfloat16()(ids).dtype == torch.bfloat16
     half = SinusoidalPositions(10, 6, torch.device("cpu"), torch.bfloat16)
-    assert torch.equal(half.table, sinusoidal_table(10, 6, torch.bfloat16))
+    assert torch.equal(half.table, scaled_table(10, 6, torch.bfloat16))
 
 
 def test_at_the_input_the_table_stands_for_the_learned_one(build_gpt):
@@ -26,7 +31,7 @@ def test_at_the_input_the_table_stands_for_the_learned_one(build_gpt):
     assert isinstance(model.embedding.position_embeddings, SinusoidalPositions)
     ids, positions = torch.tensor([[3, 1, 4]]), torch.tensor([[0, 1, 2]])
     words = model.embedding.word_embeddings(ids)
-    expected = words + sinusoidal_table(3, variant.hidden_size)
+    expected = words + scaled_table(3, variant.hidden_size)
     torch.testing.assert_close(model.embedding(ids, positions), expected.transpose(0, 1))
     assert not [name for name in model.state_dict() if "position" in name]
 
