@@ -41,8 +41,8 @@ class DemoSettings:
     entries: int = 30_000
     """Dictionary entries: text for more than four times the training."""
     vocab_size: int = 4096
-    steps: int = 240
-    stop_at: int = 150
+    steps: int = 190
+    stop_at: int = 100
     """The step at which training is stopped and started again from its checkpoint."""
     micro_batch: int = 8
     global_batch: int = 16

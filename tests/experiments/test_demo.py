@@ -64,7 +64,7 @@ def test_megatron_evaluates_the_last_step_once():
     words = training_words(Path("d"), Corpus(tokenizer=Path("t"), prefix=Path("p"), documents=1, tokens=1), settings)
     given = dict(zip(words[:-1:2], words[1::2], strict=True))
     assert given["--tensor-model-parallel-size"] == given["--pipeline-model-parallel-size"] == "2"
-    assert given["--save-interval"] == "2400"
+    assert given["--save-interval"] == "1900"
     assert words[-1] == "--ru-validate-from-start"
 
 
