@@ -22,10 +22,10 @@ demo: venv-demo
 # The tests run even where lint complains, and their closing line comes last.
 test: venv
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -m "not slow and not gpu and not hosts" || status=1; exit $$status
+	$(BIN)/python -m pytest -m "not slow and not hosts" || status=1; exit $$status
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "slow and not gpu and not hosts"
+	$(BIN)/python -m pytest -m "slow and not hosts"
 
 lint: venv
 	$(BIN)/ruff check .
