@@ -72,7 +72,12 @@ def main(words: list[str] | None = None) -> int:
 def _share_cores(ranks: int) -> None:
     """One share of the cores for each rank of this host, unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+        import torch
+
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        # Torch is loaded and has read the variable; it is for the processes that this one starts.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 def _leave_process_group() -> None:
