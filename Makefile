@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean venv venv-demo
+.PHONY: help demo test test-slow lint format ops clean venv venv-demo
 
 help:
 	@echo "make demo       text to a trained Russian model on this machine, in minutes"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, which rewrites files"
+	@echo "make ops        compiles the ops again where sources changed (MEGATRON_RU_BUILD=cuda: for a GPU too)"
 	@echo "make clean      removes what building and testing left; .venv stays"
 
 demo: venv-demo
@@ -36,8 +37,11 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+ops: venv
+	$(BIN)/megatron-ru build
+
 clean:
-	rm -rf build dist demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo runs megatron_ru/ops/_compiled .venv/compiled-ops .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find megatron_ru tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bootstrap.sh demo|dev: a .venv in this clone with the package installed editable; nothing to do is done fast.
-# PYTHON chooses the interpreter, CONSTRAINTS a file of pinned versions; pip's own variables (PIP_INDEX_URL) apply.
+# bootstrap.sh demo|dev: a .venv in this clone with the package installed editable and its ops compiled; nothing to do
+# is done fast. PYTHON chooses the interpreter, CONSTRAINTS a file of pinned versions, MEGATRON_RU_BUILD the kind of ops
+# (auto, cpu, cuda, none); pip's own variables (PIP_INDEX_URL) apply.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,19 +36,44 @@ find_python() {
     fail "no Python 3.12 or newer was found (python3 is $(python3 -V 2>/dev/null || echo missing)): apt install python3.12 python3.12-venv, or set PYTHON=/path/to/python3.12"
 }
 
-# What the installation depends on; compiled sources too, since an editable install builds them once.
+# What the installation depends on.
 fingerprint() {
     {
         cat pyproject.toml setup.py
         [ -z "${CONSTRAINTS:-}" ] || cat "$CONSTRAINTS"
-        [ ! -d csrc ] || find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0r cat
     } | sha256sum | cut -d' ' -f1
+}
+
+# What the compiled ops depend on: a new installation may bring another torch.
+ops_fingerprint() {
+    {
+        echo "$now ${MEGATRON_RU_BUILD:-auto} ${MEGATRON_RU_CUDA_ARCHES:-}"
+        cat megatron_ru/ops/build.py
+        find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0r cat
+    } | sha256sum | cut -d' ' -f1
+}
+
+# Without compiled ops everything runs in plain torch, so a failure is told and does not end this.
+compile_ops() {
+    [ -d csrc ] || return 0
+    local wanted_ops stamp=$venv/compiled-ops
+    wanted_ops=$(ops_fingerprint)
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted_ops" ]; then
+        return 0
+    fi
+    rm -f "$stamp"
+    if "$venv/bin/python" -m megatron_ru build; then
+        echo "$wanted_ops" >"$stamp"
+    else
+        echo "megatron-ru: the ops were not compiled (the reason stands above): they run in plain torch" >&2
+    fi
 }
 
 [ -z "${CONSTRAINTS:-}" ] || [ -f "$CONSTRAINTS" ] || fail "CONSTRAINTS=$CONSTRAINTS is not a file: correct or unset it"
 now=$(fingerprint)
 for stamp in "$venv/installed-dev" "$venv/installed-$extras"; do
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -x "$venv/bin/python" ]; then
+        compile_ops
         exit 0
     fi
 done
@@ -74,3 +100,4 @@ rm -f "$venv"/installed-*
     ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} --editable ".[$wanted]" ||
     fail "pip could not install the package (its reason stands above); once it is mended, run the same command again"
 echo "$now" >"$venv/installed-$extras"
+compile_ops

@@ -67,6 +67,40 @@ def write_bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float |
     _save(figure, path)
 
 
+def write_bars_with_marks(
+    path: Path,
+    title: str,
+    label: str,
+    bars: Mapping[str, float],
+    marks: Mapping[str, Mapping[str, float]],
+    bar_name: str,
+) -> None:
+    """Writes horizontal bars {row: value} from zero, and on the rows marks in a colour for each name in `marks`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = list(dict.fromkeys((*bars, *(row for one in marks.values() for row in one))))
+    figure, axes = plt.subplots(figsize=(9, 0.26 * len(rows) + 1.6))
+    places = {row: place for place, row in enumerate(rows)}
+    axes.barh([places[row] for row in bars], list(bars.values()), color="C0", height=0.6, label=bar_name)
+    for index, (name, values) in enumerate(marks.items(), start=1):
+        heights = [places[row] for row in values]
+        axes.scatter(list(values.values()), heights, s=26, color=f"C{index}", label=name, zorder=3)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    # Below the axis, at the same distance whatever the height.
+    below = -0.62 / (0.26 * len(rows) + 0.6)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, below), ncol=3)
+    _save(figure, path)
+
+
 def _figure(title: str) -> tuple[Any, Any]:
     import matplotlib
 

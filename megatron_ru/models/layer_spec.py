@@ -5,6 +5,7 @@ import inspect
 from typing import Any, Protocol
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,6 +16,7 @@ from megatron_ru.models.feed_forward import with_activation
 from megatron_ru.models.norms import Norm
 from megatron_ru.models.positions import SelfAttentionWithPositions
 from megatron_ru.models.post_norm import PostNormTransformerLayer
+from megatron_ru.models.rotary_attention import RotarySelfAttention
 
 
 class Architecture(Protocol):
@@ -31,6 +33,10 @@ class SpecProvider:
     def norm(self) -> Any:
         """Builder of the norms of the layers, of queries and keys, and of the final norm."""
         return Norm
+
+    def self_attention(self) -> type[SelfAttention]:
+        """Module that makes queries, keys and values and rotates the first two."""
+        return RotarySelfAttention
 
     def core_attention(self) -> type:
         """Module that turns queries, keys and values into contexts."""
@@ -54,6 +60,8 @@ def layer_spec(options: Any, architecture: Architecture | None, provider: SpecPr
     layer.input_layernorm = _exchange_norm(layer.input_layernorm, provider)
     layer.pre_mlp_layernorm = _exchange_norm(layer.pre_mlp_layernorm, provider)
     attention = layer.self_attention
+    if attention.module is SelfAttention:
+        attention.module = provider.self_attention()
     attention.submodules.core_attention = provider.core_attention()
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if hasattr(attention.submodules, name):

@@ -46,6 +46,11 @@ def extend_parser(
         help="Draw each weight whole and keep the shard, so that the initial model does not depend on the parallel "
         "layout (whole), or leave the drawing to Megatron.",
     )  # fmt: skip
+    group.add_argument(
+        "--ru-ops", metavar="LIST", default="all",
+        help="Fused ops to use: all, none, or names with commas between them: rms_norm, layer_norm, rope, activation, "
+        "cross_entropy, adamw. What is left out runs as Megatron and torch run it.",
+    )  # fmt: skip
     _mend_help(parser)
     _set_machine_defaults(parser)
     _finish_after_parsing(parser, when_parsed)

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ru.models.variant import Variant, find_variant
+from megatron_ru.ops import backend
 from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.dataset_helpers import dataset_helper_seams
+from megatron_ru.plugin.fused_ops import fused_op_seams
 from megatron_ru.plugin.step_metrics import StepMetrics
 from megatron_ru.plugin.torch_adam import torch_adam_seams
 from megatron_ru.plugin.validation import check_validation, validation_seams
@@ -14,11 +16,15 @@ from megatron_ru.seams.cpu_device import CPU_DEVICE
 from megatron_ru.seams.seam import Seam
 
 _installed: list[Seam] = []
+_ops_before: list[str] = []
 
 
 def install_run(args: argparse.Namespace) -> None:
-    """Installs the seams that the parsed arguments call for; a second call in one process replaces the first."""
+    """Chooses the ops and installs the seams that the parsed arguments call for; a second call in one process replaces
+    the first. Raises `UserError` for an unknown op or variant."""
     undo_run()
+    _ops_before.append(",".join(backend.selected()) or "none")
+    backend.select(args.ru_ops)
     for seam in run_seams(args):
         seam.install()
         _installed.append(seam)
@@ -30,12 +36,14 @@ def undo_run() -> None:
     """Takes back what `install_run` replaced."""
     while _installed:
         _installed.pop().undo()
+    while _ops_before:
+        backend.select(_ops_before.pop())
 
 
 def run_seams(args: argparse.Namespace) -> list[Seam]:
-    """The seams of one run, in the order of installation."""
+    """The seams of one run, in the order of installation; those of ops are of the ops that are chosen now."""
     variant = find_variant(args.ru_variant) if args.ru_variant else None
-    seams = dataset_helper_seams() + torch_adam_seams()
+    seams = dataset_helper_seams() + torch_adam_seams() + fused_op_seams()
     if args.ru_metrics:
         metrics = StepMetrics(args.ru_metrics, every=args.log_interval)
         seams += [metrics.seam(), *metrics.evaluation_seams()]

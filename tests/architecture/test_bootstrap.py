@@ -135,6 +135,42 @@ def test_lock_is_given_to_pip_and_its_change_counts(clone):
     assert "--constraint lock.txt --editable .[dev]" in clone.pip_calls[0]
 
 
+def test_ops_are_compiled_again_only_after_their_sources_or_the_installation_changed(clone):
+    clone.with_venv()
+    (clone.folder / "csrc").mkdir()
+    (clone.folder / "megatron_ru/ops").mkdir(parents=True)
+    (clone.folder / "megatron_ru/ops/build.py").write_text("")
+    source = clone.folder / "csrc/kernel.cpp"
+
+    def calls_after(change, **environ):
+        change()
+        before = len(clone.pip_calls)
+        for _ in range(2):
+            assert clone.bootstrap(**environ).returncode == 0
+        return [" ".join(call.split()[:3]) for call in clone.pip_calls[before:]]
+
+    assert calls_after(lambda: source.write_text("one")) == ["-m pip install", "-m megatron_ru build"]
+    assert calls_after(lambda: source.write_text("two")) == ["-m megatron_ru build"]
+    assert calls_after(lambda: (clone.folder / "setup.py").write_text("# new")) == [
+        "-m pip install", "-m megatron_ru build",
+    ]  # fmt: skip
+    assert calls_after(lambda: None, MEGATRON_RU_BUILD="none") == ["-m megatron_ru build"]
+
+
+def test_ops_that_do_not_compile_are_told_and_tried_again(clone):
+    clone.with_venv()
+    assert clone.bootstrap().returncode == 0
+    (clone.folder / "csrc").mkdir()
+    (clone.folder / "megatron_ru/ops").mkdir(parents=True)
+    (clone.folder / "megatron_ru/ops/build.py").write_text("")
+    (clone.folder / "pip-fails").touch()
+    for _ in range(2):
+        shown = clone.bootstrap()
+        assert shown.returncode == 0
+        assert "the ops were not compiled (the reason stands above): they run in plain torch" in shown.stderr
+    assert len(clone.pip_calls) == 3
+
+
 def test_failed_installation_is_tried_again(clone):
     clone.with_venv()
     (clone.folder / "pip-fails").touch()

@@ -25,7 +25,7 @@ def build_gpt(one_process):
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     functions = {"gelu": torch.nn.functional.gelu, "swish": torch.nn.functional.silu}
 
-    def build(name, *, sizes=None, config=None, model=None, init="whole", seed=7):
+    def build(name, *, sizes=None, config=None, model=None, init="whole", seed=7, ops="all"):
         variant = dataclasses.replace(find_variant(name), **{**TINY, **(sizes or {})})
         values = megatron_arguments(variant)
         settings = {key: value for key, value in values.items() if key in known}
@@ -42,6 +42,7 @@ def build_gpt(one_process):
             ru_metrics=None,
             ru_validate_from_start=False,
             ru_init=init,
+            ru_ops=ops,
             seed=seed,
             spec=HOST_SPEC,
             log_interval=1,

@@ -12,6 +12,7 @@ import pytest
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -22,6 +23,7 @@ from megatron_ru.models.layer_spec import SpecProvider, _exchange_mlp, layer_spe
 from megatron_ru.models.norms import Norm
 from megatron_ru.models.positions import SelfAttentionWithPositions
 from megatron_ru.models.post_norm import PostNormTransformerLayer
+from megatron_ru.models.rotary_attention import RotarySelfAttention
 from megatron_ru.models.variant import find_variant
 
 
@@ -36,7 +38,7 @@ def test_a_llama_layer():
     assert spec.module is TransformerLayer
     assert layer.input_layernorm is Norm
     assert layer.pre_mlp_layernorm is Norm
-    assert layer.self_attention.module is SelfAttention
+    assert layer.self_attention.module is RotarySelfAttention
     assert layer.self_attention.submodules.core_attention is CoreAttention
     assert layer.self_attention.submodules.q_layernorm is IdentityOp
     assert issubclass(mlp_class(layer.mlp), FeedForward)
@@ -78,6 +80,11 @@ def test_norms_of_queries_and_keys():
     assert inner.q_layernorm is not Norm
 
 
+def test_latent_attention_stays_megatron_s():
+    spec = layer_spec(Namespace(multi_latent_attention=True), None)
+    assert spec.submodules.self_attention.module is MLASelfAttention
+
+
 def test_experts_stay_megatron_s():
     spec = layer_spec(Namespace(num_experts=4, moe_grouped_gemm=False, swiglu=True), None)
     assert not issubclass(mlp_class(spec.submodules.mlp), FeedForward)
@@ -102,9 +109,15 @@ def test_a_provider_places_other_ops():
     class OtherFeedForward(FeedForward):
         kind = "swiglu"
 
+    class OtherSelfAttention(SelfAttention):
+        pass
+
     class Provider(SpecProvider):
         def norm(self):
             return OtherNorm
+
+        def self_attention(self):
+            return OtherSelfAttention
 
         def core_attention(self):
             return OtherAttention
@@ -117,6 +130,7 @@ def test_a_provider_places_other_ops():
     inner = layer.self_attention.submodules
     assert (layer.input_layernorm, layer.pre_mlp_layernorm, inner.q_layernorm) == (OtherNorm,) * 3
     assert inner.core_attention is OtherAttention
+    assert layer.self_attention.module is OtherSelfAttention
     assert mlp_class(layer.mlp) is OtherFeedForward
 
 

@@ -62,5 +62,34 @@ def test_parameters_are_marked_for_sequence_parallelism(kind, sequence_parallel)
     assert norm.weight.sequence_parallel is sequence_parallel
 
 
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_weights_of_another_dtype_than_the_input(kind, x_dtype, weight_dtype):
+    # A half-precision model whose norms are kept in fp32, and fp32 residuals in a half-precision model.
+    norm = Norm(config=config(normalization=kind, sequence_parallel=True), hidden_size=33, eps=1e-5)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.uniform_(0.5, 1.5)
+    norm = norm.to(weight_dtype)
+    assert norm.weight.sequence_parallel is True, "the mark was lost in the conversion"
+    x = torch.randn(7, 2, 33).to(x_dtype).requires_grad_()
+    reference = rms_norm_reference if kind == "RMSNorm" else layer_norm_reference
+    rest = () if kind == "RMSNorm" else (norm.bias,)
+    expected = reference(x, norm.weight, *rest, 1e-5)
+    found = norm(x)
+    assert found.dtype == x_dtype
+    ulp = torch.finfo(x_dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=2 * ulp, atol=1e-5)
+    upstream = torch.linspace(-1, 1, x.numel()).view(x.shape)
+    found.backward(upstream.to(x_dtype))
+    gradients = torch.autograd.grad(expected, [x, *norm.parameters()], upstream.to(x_dtype).double())
+    for leaf, gradient in zip([x, *norm.parameters()], gradients, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        wide = torch.finfo(leaf.dtype).eps * gradient.abs().max().item()
+        torch.testing.assert_close(leaf.grad.double(), gradient.double(), rtol=0.01, atol=2 * wide + 1e-4)
+
+
 def test_on_the_cpu_layer_parameters_are_on_the_cpu(cpu_device):
     assert Norm(config=config(), hidden_size=4).weight.device == torch.device("cpu")

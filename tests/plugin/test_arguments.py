@@ -35,7 +35,7 @@ def test_defaults_are_true_of_a_machine_without_apex(monkeypatch):
     assert args.masked_softmax_fusion is False
     assert args.apply_rope_fusion is False
     assert args.create_attention_mask_in_dataloader is False
-    assert (args.device, args.ru_metrics, args.ru_init) == ("auto", None, "whole")
+    assert (args.device, args.ru_metrics, args.ru_init, args.ru_ops) == ("auto", None, "whole", "all")
     # Off the CPU layer the backend is Megatron's business.
     plain = vars(parser().parse_args([]))
     assert args.distributed_backend == plain["distributed_backend"]
@@ -44,12 +44,14 @@ def test_defaults_are_true_of_a_machine_without_apex(monkeypatch):
 
 def test_what_is_typed_wins(monkeypatch):
     words = ["--spec", "my.specs", "LAYER", "--make-vocab-size-divisible-by", "64", "--num-workers", "3",
-             "--ru-init", "megatron", "--ru-metrics", "m.jsonl", "--device", "cpu"]  # fmt: skip
+             "--ru-init", "megatron", "--ru-metrics", "m.jsonl", "--device", "cpu",
+             "--ru-ops", "rope,adamw"]  # fmt: skip
     args = parse(*words, monkeypatch=monkeypatch)
     assert args.spec == ["my.specs", "LAYER"]
     assert args.make_vocab_size_divisible_by == 64
     assert args.num_workers == 3
     assert (args.device, args.ru_metrics, args.ru_init) == ("cpu", "m.jsonl", "megatron")
+    assert args.ru_ops == "rope,adamw"
 
 
 @pytest.mark.parametrize("spelling", [["--transformer-impl", "transformer_engine"],

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.ops import backend
 from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.run import install_run, run_seams, undo_run
 
@@ -14,6 +15,20 @@ ALWAYS = [
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
 ]
+ROPE = [
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+    "megatron.core.models.common.embeddings.rope_utils:fused_apply_rotary_pos_emb",
+]
+ACTIVATION = [
+    "megatron.core.transformer.mlp:bias_swiglu_impl",
+    "megatron.core.transformer.mlp:bias_gelu_impl",
+]
+CROSS_ENTROPY = [
+    "megatron.core.models.common.language_module.language_module:fused_vocab_parallel_cross_entropy",
+    "megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
+]
+ADAMW = ["megatron.core.optimizer:torch"]
+OPS = ROPE + ACTIVATION + CROSS_ENTROPY + ADAMW
 MODEL = [
     "megatron.core.transformer.transformer_block:LayerNormImpl",
     "megatron.core.models.gpt.gpt_model:GPTModel.__init__",
@@ -28,6 +43,7 @@ METRICS = ["megatron.training.training:training_log"]
 def arguments(**changes):
     settings = {
         "ru_variant": "llama2_tiny", "ru_metrics": None, "ru_validate_from_start": False, "ru_init": "whole",
+        "ru_ops": "all",
         "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
@@ -39,25 +55,25 @@ def targets(args):
 
 def test_experts_are_drawn_by_megatron():
     # Their names in the whole model depend on the expert-parallel rank.
-    assert sorted(targets(arguments(num_experts=4))) == sorted(ALWAYS + MODEL)
+    assert sorted(targets(arguments(num_experts=4))) == sorted(ALWAYS + OPS + MODEL)
 
 
 def test_a_run_with_our_spec():
-    assert sorted(targets(arguments())) == sorted(ALWAYS + MODEL + WHOLE)
+    assert sorted(targets(arguments())) == sorted(ALWAYS + OPS + MODEL + WHOLE)
 
 
 def test_drawing_left_to_megatron():
-    assert sorted(targets(arguments(ru_init="megatron"))) == sorted(ALWAYS + MODEL)
+    assert sorted(targets(arguments(ru_init="megatron"))) == sorted(ALWAYS + OPS + MODEL)
 
 
 def test_another_spec_is_left_alone():
-    assert sorted(targets(arguments(spec=["somebody.else", "SPEC"]))) == sorted(ALWAYS)
-    assert sorted(targets(arguments(spec=None, ru_variant=None))) == sorted(ALWAYS)
+    assert sorted(targets(arguments(spec=["somebody.else", "SPEC"]))) == sorted(ALWAYS + OPS)
+    assert sorted(targets(arguments(spec=None, ru_variant=None))) == sorted(ALWAYS + OPS)
 
 
 def test_metrics_and_validation_add_their_own(tmp_path):
     found = targets(arguments(ru_metrics=str(tmp_path / "metrics.jsonl")))
-    assert set(METRICS) < set(found) - set(ALWAYS + MODEL + WHOLE)
+    assert set(METRICS) < set(found) - set(ALWAYS + OPS + MODEL + WHOLE)
     plain, watched = targets(arguments()), targets(arguments(ru_validate_from_start=True))
     assert set(plain) < set(watched)
 
@@ -65,6 +81,42 @@ def test_metrics_and_validation_add_their_own(tmp_path):
 def test_unknown_variant():
     with pytest.raises(UserError, match="unknown variant 'lama2_tiny'"):
         run_seams(arguments(ru_variant="lama2_tiny"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("none", []),
+        ("rope", ROPE),
+        ("cross_entropy, adamw", CROSS_ENTROPY + ADAMW),
+        # The norms are called by our layer spec, no name of Megatron is replaced for them.
+        ("rms_norm,layer_norm,activation", ACTIVATION),
+        ("all", OPS),
+    ],
+)
+def test_seams_of_the_chosen_ops(words, expected):
+    with backend.only(words):
+        assert sorted(targets(arguments())) == sorted(ALWAYS + MODEL + WHOLE + expected)
+
+
+def test_a_run_chooses_its_ops_and_gives_the_choice_back():
+    before = backend.selected()
+    install_run(arguments(ru_ops="rms_norm,cross_entropy"))
+    try:
+        assert backend.selected() == ("cross_entropy", "rms_norm")
+        install_run(arguments(ru_ops="none"))
+        assert backend.selected() == ()
+    finally:
+        undo_run()
+    assert backend.selected() == before
+
+
+def test_unknown_op():
+    before = backend.selected()
+    with pytest.raises(UserError, match=r"--ru-ops names rmsnorm; expected all, none or some of .*rms_norm"):
+        install_run(arguments(ru_ops="rope,rmsnorm"))
+    undo_run()
+    assert backend.selected() == before
 
 
 def test_every_reason_is_told():

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from megatron_ru.commands.main import build_parser, discover_commands, main
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The walk over ops with two of a few numbers, so that the command takes no time."""
+    from megatron_ru.benchmarks import op_benchmark
+    from megatron_ru.foundation.registry import Registry
+    from tests.benchmarks.conftest import make_op
+
+    registry = Registry("op")
+    for name in ("cube", "square"):
+        registry.register(name)(make_op(name))
+    monkeypatch.setattr(op_benchmark, "OPS", registry)
+    monkeypatch.setattr(op_benchmark, "copy_ceiling", lambda device: 10.0)
+    monkeypatch.setattr(op_benchmark, "keep_memory", lambda: True)
+
+
+def test_writes_what_it_is_asked_for(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+    words = ["--only", "square", "--against", "torch", "--device", "cpu", "--seconds-per-case", "0.003"]
+    files = [str(tmp_path / name) for name in ("ops.json", "ops.md", "ops.png")]
+    assert main(["bench", "ops", *words, "--json", files[0], "--markdown", files[1], "--plot", files[2]]) == 0
+    shown = capsys.readouterr().out
+    assert "square  4x3   float32" in shown
+    assert "faster than every peer in" in shown
+    stored = json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))
+    assert {row["contender"] for row in stored["rows"]} == {"megatron_ru", "torch"}
+    assert {row["op"] for row in stored["rows"]} == {"square"}
+    assert "## square" in (tmp_path / "ops.md").read_text(encoding="utf-8")
+    assert (tmp_path / "ops.png").exists()
+
+
+def test_against_none_times_ours_alone(small, capsys):
+    assert main(["bench", "ops", "--device", "cpu", "--against", "none", "--seconds-per-case", "0.003"]) == 0
+    shown = capsys.readouterr().out
+    assert "cube" in shown
+    assert "faster than every peer" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "cub"], "unknown op 'cub' (did you mean cube?)"),
+        (["--against", "ligr"], "unknown peer 'ligr' (did you mean liger?)"),
+        (["--tokens", "8k"], "--tokens '8k' holds something else than whole numbers"),
+        (["--seconds-per-case", "-1"], "--seconds-per-case is -1.0, expected more than 0"),
+    ],
+)
+def test_wrong_words_are_one_sentence(small, words, message, capsys):
+    assert main(["bench", "ops", "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_words_as_they_are_documented():
+    arguments = build_parser(discover_commands()).parse_args(
+        ["bench", "ops", "--only", "rms_norm,rope", "--tokens", "8192,16384", "--hidden", "4096", "--timing", "graph"]
+    )
+    assert (arguments.only, arguments.tokens, arguments.timing) == ("rms_norm,rope", "8192,16384", "graph")
+    assert arguments.seconds_per_case == 0.15
