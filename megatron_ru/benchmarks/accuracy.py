@@ -1,6 +1,7 @@
 """How far results lie from the formula in float64."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor
 
 from megatron_ru.benchmarks.peer import Prepared
 from megatron_ru.benchmarks.result import Accuracy
-from megatron_ru.ops.op import Call, Op, outputs, ulp
+from megatron_ru.ops.op import Call, Op, Tolerance, outputs, ulp
 
 # Results are looked at in pieces, so that a large one does not need its float64 copy beside it.
 _PIECE = 2**25
-# Epsilons of a result's dtype that ‖result - exact‖ / ‖exact‖ may reach: a correct rounding gives about 0.2, several
-# in a row not much more than 1. Below, what fp32 sums over long rows and tables of angles may cost.
+# Epsilons of a result's dtype that ‖result - exact‖ / ‖exact‖ may reach whatever the op says: a correct rounding gives
+# about 0.2, several in a row, as a library may do them, not much more than 1. Below, what fp32 sums over long rows and
+# tables of angles may cost.
 _EPSILONS = 2.0
 _LEAST = 1e-5
 
@@ -28,6 +30,8 @@ class Exact:
     """The gradients of the outputs with which `gradients` were computed; in the dtype of the case."""
     differentiable: tuple[int, ...]
     """Which outputs these belong to."""
+    inputs: torch.dtype
+    """The dtype of the case: what is rounded on the way is rounded to it."""
 
 
 def exact_results(op: Op, call: Call, dtype: torch.dtype, differentiable: Sequence[int]) -> Exact:
@@ -49,6 +53,7 @@ def exact_results(op: Op, call: Call, dtype: torch.dtype, differentiable: Sequen
         gradients=gradients,
         upstream=upstream,
         differentiable=tuple(differentiable),
+        inputs=dtype,
     )
 
 
@@ -63,18 +68,37 @@ def accuracy(op: Op, call: Call, prepared: Prepared, exact: Exact) -> Accuracy:
     """The distance of one run of `prepared` from `exact`."""
     raw = prepared.run()
     found = op.results(call, raw) if not op.differentiable else prepared.outputs_to_op(outputs(call, raw))
-    distances = [_distance(*pair) for pair in zip(found, exact.outputs, strict=False)]
+    distances = [_distance(*pair, op.tolerance, exact.inputs) for pair in zip(found, exact.outputs, strict=False)]
     gradients = []
     if exact.gradients:
         heads, upstream = heads_and_upstream(call, raw, prepared, exact)
         given = prepared.gradients_to_op(torch.autograd.grad(heads, prepared.leaves, upstream))
-        gradients = [_distance(*pair) for pair in zip(given, exact.gradients, strict=True)]
+        gradients = [
+            _distance(*pair, op.gradient_tolerance, exact.inputs) for pair in zip(given, exact.gradients, strict=True)
+        ]
     return Accuracy(
         output=max(one.relative for one in distances),
         ulps=max(one.ulps for one in distances),
         gradient=max((one.relative for one in gradients), default=None),
         gradient_ulps=max((one.ulps for one in gradients), default=None),
+        of_limit=_largest(one.of_limit for one in (*distances, *gradients)),
         good=all(one.good for one in (*distances, *gradients)),
+    )
+
+
+def limit(tolerance: Tolerance, result: torch.dtype, inputs: torch.dtype) -> float:
+    """What ‖result - exact‖ / ‖exact‖ may reach for a result of dtype `result` where the op's inputs are `inputs`.
+
+    The op's tolerance names entry by entry what rounding costs. Beside the size of a whole tensor that is: its fp32
+    epsilons, and its `rough` epsilons of the inputs' dtype where the op rounds on the way, as a linear cross entropy
+    rounds its logits though its losses are fp32. Nobody is held to less than a few roundings of his own result.
+    """
+    wide = torch.finfo(torch.float32).eps
+    return max(
+        _EPSILONS * torch.finfo(result).eps,
+        tolerance.rough * torch.finfo(inputs).eps,
+        tolerance.wide * wide,
+        _LEAST,
     )
 
 
@@ -91,15 +115,17 @@ def heads_and_upstream(call: Call, raw: object, prepared: Prepared, exact: Exact
 class _Distance:
     relative: float
     ulps: float
+    of_limit: float
     good: bool
 
 
-def _distance(found: Tensor, exact: Tensor) -> _Distance:
+def _distance(found: Tensor, exact: Tensor, tolerance: Tolerance, inputs: torch.dtype) -> _Distance:
     if found.shape != exact.shape:
         raise ValueError(f"the result has sizes {list(found.shape)}, expected {list(exact.shape)}")
     if not found.dtype.is_floating_point:
         equal = bool(torch.equal(found.double(), exact.double()))
-        return _Distance(relative=0.0 if equal else 1.0, ulps=0.0 if equal else float("inf"), good=equal)
+        wrong = 0.0 if equal else float("inf")
+        return _Distance(relative=0.0 if equal else 1.0, ulps=wrong, of_limit=wrong, good=equal)
     size = float(sum(piece.square().sum() for _, piece in _pieces(found, exact))) ** 0.5
     typical = size / max(1, exact.numel()) ** 0.5
     squares = worst = 0.0
@@ -110,9 +136,14 @@ def _distance(found: Tensor, exact: Tensor) -> _Distance:
         unit = ulp(right.abs().clamp(min=typical), found.dtype)
         worst = max(worst, float((error / unit).max()) if error.numel() else 0.0)
     relative = squares**0.5 / size if size else squares**0.5
-    limit = max(_EPSILONS * torch.finfo(found.dtype).eps, _LEAST)
+    of_limit = relative / limit(tolerance, found.dtype, inputs)
     # A NaN is never within a limit.
-    return _Distance(relative=relative, ulps=worst, good=relative <= limit)
+    return _Distance(relative=relative, ulps=worst, of_limit=of_limit, good=of_limit <= 1)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, NaN where there is one."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def _pieces(found: Tensor, exact: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,8 +22,16 @@ _MOST_SETS = 12
 # What graphs that wait for their backward may hold.
 _GRAPH_BYTES = 12 * 2**30
 
+# What autograd says of a graph whose saved input has been written over since.
+_WRITTEN_OVER = "modified by an inplace operation"
+_ONE_GRAPH = "one graph for each input set, since a backward writes over it"
+
 # Makes a contender's call of the op's.
 Prepare = Callable[[Call], Prepared]
+
+
+class SharedInputError(Exception):
+    """A contender's backward writes over its input, so that no second graph may stand on the same one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,9 @@ class Arena:
     exact: Exact | None
     """None where it does not fit into memory."""
     differentiable: tuple[int, ...]
+    one_graph: bool = False
+    """Whether no input set has more than one graph at a time, and each is as it was before the first: for cases in
+    which somebody's backward writes over its input. It holds for all contenders of a case."""
 
     def row(self, contender: str, **values: Any) -> Row:
         """A row of this case."""
@@ -70,7 +81,7 @@ def arena(
     # The reference changes its copies where an op works in place; `double` makes copies.
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         exact = exact_results(op, call, dtype, differentiable)
-    _tidy(device)
+    tidy(device)
     return Arena(
         op=op, case=case, dtype=dtype, device=device, clock=clock, seconds=seconds, cache_bytes=cache_bytes,
         call=call, exact=exact, differentiable=differentiable,
@@ -78,16 +89,21 @@ def arena(
 
 
 def compete(place: Arena, contender: str, prepare: Prepare, *, measure_host: bool = False) -> Row:
-    """The row of one contender; whatever it raises is its note."""
+    """The row of one contender; whatever it raises is its note.
+
+    Raises SharedInputError when the case has to be timed with `one_graph`, all contenders of it.
+    """
     try:
         return _compete(place, contender, prepare, measure_host)
+    except SharedInputError:
+        raise
     except UnsupportedError as error:
         return place.row(contender, status="unsupported", note=str(error))
     except Exception as error:
         # Somebody else's library may raise anything, and the run goes on.
         return place.row(contender, status="failed", note=one_line(error))
     finally:
-        _tidy(place.device)
+        tidy(place.device)
 
 
 def _compete(place: Arena, contender: str, prepare: Prepare, measure_host: bool) -> Row:
@@ -100,8 +116,12 @@ def _compete(place: Arena, contender: str, prepare: Prepare, measure_host: bool)
         found = accuracy(place.op, call, prepare(call), place.exact)
         del call
         if not found.good:
-            note = "wrong beyond its dtype's rounding; not compared with"
+            note = "wrong beyond what its op and dtypes account for; not compared with"
+    if place.one_graph:
+        note = "; ".join(filter(None, (note, _ONE_GRAPH)))
     sets = _InputSets(place, prepare)
+    if place.differentiable and not place.one_graph:
+        sets.try_two_graphs()
     extra = sets.extra_bytes()
     host = None
     if measure_host and place.device == "cuda":
@@ -150,13 +170,38 @@ class _InputSets:
         self.prepared = [prepare(call) for call in self.calls]
         # Results stay until their set's turn comes again: memory handed back at once would stay in the cache.
         self.kept: deque[object] = deque(maxlen=self.rotation)
+        leaves = self.prepared[0].leaves if place.one_graph else ()
+        self.unspoiled = [leaf.detach().clone() for leaf in leaves]
         raw = self.prepared[0].run()
         self.upstream = self._upstream(raw)
-        self.most_graphs = max(2, _GRAPH_BYTES // max(self.bytes, backward))
+        self.most_graphs = max(self.rotation, 2, _GRAPH_BYTES // max(self.bytes, backward))
+        if place.one_graph:
+            self.most_graphs = self.rotation
 
     def in_turn(self, count: int) -> Iterator[int]:
         """The numbers of `count` sets."""
         return (number % self.rotation for number in range(count))
+
+    def try_two_graphs(self) -> None:
+        """Raises SharedInputError when autograd refuses the second of two graphs that stand on one set."""
+        graphs = [self.prepared[0].run() for _ in range(2)]
+        try:
+            for raw in graphs:
+                self.gradients(0, raw)
+        except RuntimeError as error:
+            if _WRITTEN_OVER not in str(error):
+                raise
+            raise SharedInputError(one_line(error)) from error
+
+    def restore(self) -> None:
+        """Puts the inputs back where they are written over; otherwise they would shrink from call to call, and zeros
+        cost a GPU less power."""
+        if not self.unspoiled:
+            return
+        with torch.no_grad():
+            for prepared in self.prepared:
+                for leaf, value in zip(prepared.leaves, self.unspoiled, strict=True):
+                    leaf.copy_(value)
 
     def gradients(self, number: int, raw: object) -> tuple[Tensor, ...]:
         """Of the leaves of a set."""
@@ -204,6 +249,7 @@ class _Forward:
 
     def steps(self, count: int) -> Sequence[Step]:
         sets = self._sets
+        sets.restore()
 
         def step(number: int) -> Step:
             return lambda: sets.kept.append(sets.prepared[number].run())
@@ -221,6 +267,7 @@ class _Both:
 
     def steps(self, count: int) -> Sequence[Step]:
         sets = self._sets
+        sets.restore()
 
         def step(number: int) -> Step:
             return lambda: sets.kept.append(sets.gradients(number, sets.prepared[number].run()))
@@ -234,11 +281,12 @@ class _Backward:
     def __init__(self, sets: _InputSets) -> None:
         self._sets = sets
         self.rotation = sets.rotation
-        self.most = max(sets.rotation, sets.most_graphs)
+        self.most = sets.most_graphs
 
     def steps(self, count: int) -> Sequence[Step]:
         sets = self._sets
         sets.kept.clear()
+        sets.restore()
         graphs: list[object] = [sets.prepared[number].run() for number in sets.in_turn(count)]
 
         def step(place: int, number: int) -> Step:
@@ -255,7 +303,8 @@ def _random_like(head: Tensor) -> Tensor:
     return torch.ones_like(head) if head.dim() == 0 else torch.randn_like(head)
 
 
-def _tidy(device: str) -> None:
+def tidy(device: str) -> None:
+    """Frees what nobody refers to any more."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,15 +1,17 @@
 """A walk over the registry of ops: every case, ours and everybody's who takes part."""
 
+import contextlib
 import ctypes
 import datetime
+import functools
 import itertools
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +22,9 @@ from tqdm import tqdm
 
 from megatron_ru import __version__
 from megatron_ru.benchmarks.ceiling import copy_ceiling
-from megatron_ru.benchmarks.contest import Arena, arena, compete
+from megatron_ru.benchmarks.contest import Arena, SharedInputError, arena, compete, tidy
 from megatron_ru.benchmarks.peer import PEERS, Peer, Prepared, one_line
-from megatron_ru.benchmarks.result import OURS, Report, Row
+from megatron_ru.benchmarks.result import OURS, Missing, Report, Row
 from megatron_ru.benchmarks.timing import CLOCKS, Clock, WallClock
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.ops import backend
@@ -89,8 +91,17 @@ class Entry:
         return lambda call: Prepared(run=lambda: call.run(function), leaves=tuple(call.leaves()))
 
 
-def run(settings: Settings, finished: Callable[[Report], None] = lambda report: None) -> Report:
-    """Measures everything; `finished` gets what there is after each case, so that a run cut short leaves something."""
+def run(
+    settings: Settings,
+    finished: Callable[[Report], None] = lambda report: None,
+    command: str = "megatron-ru bench ops",
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Measures everything; `finished` gets what there is after each case, so that a run cut short leaves something.
+
+    A KeyboardInterrupt ends the measuring, and the report says what is missing. So does `interrupted`, which is asked
+    before each contender: somebody else's library may swallow the exception.
+    """
     started = time.monotonic()
     peers = {name: PEERS[name] for name in settings.against}
     missing = {name: peer.missing(settings.device) for name, peer in peers.items()}
@@ -104,37 +115,57 @@ def run(settings: Settings, finished: Callable[[Report], None] = lambda report: 
         if reason:
             tqdm.write(f"{peers[name].title} {reason}")
     clock: Clock = WallClock() if settings.device == "cpu" else CLOCKS[settings.timing]()
-    found: list[Row] = []
-
-    def report() -> Report:
-        return Report(
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            device=settings.device,
-            device_name=device_name(settings.device),
-            environment=environment(settings.device),
-            ceiling=ceiling,
-            peers={name: reason or peers[name].version() or "version unknown" for name, reason in missing.items()},
-            rows=tuple(found),
-            seconds=time.monotonic() - started,
-        )
-
+    about = environment(settings.device)
     work = [(op, case, list(entries(op, taking_part))) for op, case in chosen(settings)]
     if not work:
         raise UserError("no case is left: --only, --tokens and --hidden together leave none; leave one of them out")
+    # Of each case, in the order of `work`.
+    found: list[list[Row]] = [[] for _ in work]
+    whole: set[int] = set()
+
+    def report() -> Report:
+        return Report(
+            command=command,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            device=settings.device,
+            device_name=device_name(settings.device),
+            environment=about,
+            ceiling=ceiling,
+            peers={name: reason or peers[name].version() or "version unknown" for name, reason in missing.items()},
+            rows=tuple(itertools.chain.from_iterable(found)),
+            seconds=time.monotonic() - started,
+            cases=len(work),
+            missing=tuple(_missing(*work[place], found[place]) for place in range(len(work)) if place not in whole),
+        )
+
     hosts: set[str] = set()
     # A log gets a line in half a minute.
     pause = 0.5 if sys.stderr.isatty() else 30.0
     bar: tqdm[Any] = tqdm(
         total=sum(len(one) for *_, one in work), unit="row", dynamic_ncols=True, mininterval=pause, smoothing=0.05
     )
-    with bar:
-        for op, case, contenders in work:
+    # Whatever is cut off, `report` tells of it.
+    stop = functools.partial(_stop, interrupted)
+    with bar, contextlib.suppress(KeyboardInterrupt):
+        for place in in_turn([op.name for op, *_ in work]):
+            op, case, contenders = work[place]
             bar.set_postfix_str(f"{op.name} {case.label}", refresh=False)
-            found += _case(settings, clock, cache, op, case, contenders, bar, op.name not in hosts)
+            _case(settings, clock, cache, op, case, contenders, bar, op.name not in hosts, found[place], stop)
             hosts.add(op.name)
+            whole.add(place)
             finished(report())
     return report()
+
+
+def in_turn(names: Sequence[str]) -> list[int]:
+    """The places of `names` in the order in which they are gone through: the first of every name, then the seconds, so
+    that a run cut short has looked at every op."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for name in names:
+        ranks.append(seen[name])
+        seen[name] += 1
+    return sorted(range(len(names)), key=lambda place: ranks[place])
 
 
 def chosen(settings: Settings) -> list[tuple[Op, BenchmarkCase]]:
@@ -151,9 +182,9 @@ def chosen(settings: Settings) -> list[tuple[Op, BenchmarkCase]]:
 
 
 def entries(op: Op, peers: Sequence[Peer]) -> Iterator[Entry]:
-    """Ours, then each peer in each of its ways."""
+    """Ours, then each peer in each of its ways, compilers last."""
     yield Entry(peer=None)
-    for peer in peers:
+    for peer in sorted(peers, key=lambda one: one.compiles):
         for variant in peer.variants(op):
             yield Entry(peer=peer, variant=variant)
 
@@ -180,32 +211,57 @@ def _case(
     contenders: Sequence[Entry],
     bar: "tqdm[Any]",
     measure_host: bool,
-) -> list[Row]:
+    rows: list[Row],
+    stop: Callable[[], None],
+) -> None:
+    """Adds to `rows` one after the other; `stop` is called before each and raises when it is time to end."""
     if settings.dtype is not None:
         dtype = DTYPES[settings.dtype]
     else:
         dtype = torch.float32 if settings.device == "cpu" else case.dtype
     named = bool(settings.only)
+    stop()
     if settings.device == "cpu" and case.flops > _CPU_FLOPS and not named:
         bar.update(len(contenders))
         note = f"{case.flops / 1e12:.0f} TFLOP take minutes on a CPU; --only {op.name} runs it all the same"
-        return [_bare_row(op, case, dtype, OURS, "left out", note)]
+        rows.append(_bare_row(op, case, dtype, OURS, "left out", note))
+        return
     try:
         place = arena(op, case, dtype, settings.device, clock, settings.seconds, cache)
     except Exception as error:
         bar.update(len(contenders))
-        return [_bare_row(op, case, dtype, OURS, "failed", one_line(error))]
-    found = []
-    for entry in contenders:
+        rows.append(_bare_row(op, case, dtype, OURS, "failed", one_line(error)))
+        return
+    while len(rows) < len(contenders):
+        stop()
+        entry = contenders[len(rows)]
         if "torch._dynamo" in sys.modules:
             # A compiler that remembers every shape before this one would look through them at each call.
             torch._dynamo.reset()
-        row = compete(place, entry.name, entry.prepare(op, case), measure_host=measure_host)
+        try:
+            row = compete(place, entry.name, entry.prepare(op, case), measure_host=measure_host)
+        except SharedInputError:
+            # From the start: all contenders of a case are timed in the same way.
+            place = replace(place, one_graph=True)
+            bar.update(-len(rows))
+            rows.clear()
+            tidy(settings.device)
+            continue
         if entry.peer is None:
             row = _with_form(row, op, place)
-        found.append(row)
+        rows.append(row)
         bar.update()
-    return found
+
+
+def _stop(interrupted: Callable[[], bool]) -> None:
+    if interrupted():
+        raise KeyboardInterrupt
+
+
+def _missing(op: Op, case: BenchmarkCase, contenders: Sequence[Entry], rows: Sequence[Row]) -> Missing:
+    there = {row.contender for row in rows}
+    absent = tuple(entry.name for entry in contenders if entry.name not in there)
+    return Missing(op=op.name, case=case.label, contenders=absent, in_part=bool(rows))
 
 
 def _with_form(row: Row, op: Op, place: Arena) -> Row:

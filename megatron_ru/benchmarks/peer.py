@@ -59,6 +59,8 @@ class Peer:
     fallback: Callable[[Op, BenchmarkCase, Call], Prepared] | None = None
     """For ops without an adapter."""
     needs_cuda: bool = True
+    compiles: bool = False
+    """Whether it compiles anew for every case, which takes longer than all else: it comes last in a case."""
 
     def missing(self, device: str) -> str:
         """Why it takes no part, or ""."""
@@ -116,7 +118,7 @@ def bound(op: Op, call: Call) -> dict[str, Any]:
 def only_default(**given: Any) -> None:
     """Raises UnsupportedError for a setting that is neither None, False nor 0: the library has nothing like it."""
     for name, value in given.items():
-        if value is not None and value != 0:
+        if isinstance(value, Tensor) or (value is not None and value != 0):
             raise UnsupportedError(f"has no {name.replace('_', ' ')}")
 
 

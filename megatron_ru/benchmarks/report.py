@@ -4,16 +4,18 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_ru.benchmarks.result import OURS, PASSES, Comparison, Report, Row, compare
+from megatron_ru.benchmarks.result import OURS, PASSES, Comparison, Pair, Report, Row
 from megatron_ru.figures.text_table import text_table
 from megatron_ru.foundation.files import atomic_output
 
 _NOTHING = "–"
+# Missing cases that a line of the terminal names.
+_NAMED = 6
 
 
 def summary(report: Report) -> str:
     """For the terminal: ours in every case with the fastest peer beside it, what failed, and the host's time."""
-    beside = {(one.op, one.case): one for one in compare(report.rows)}
+    beside = {(one.op, one.case): one for one in report.comparisons()}
     rows = []
     for row in report.rows:
         if row.contender != OURS:
@@ -37,6 +39,10 @@ def summary(report: Report) -> str:
     if hosts:
         parts.append(f"host, µs for a forward call: {', '.join(hosts)}")
     parts += _notes(report.rows)
+    if report.missing:
+        named = [str(one) for one in report.missing[:_NAMED]]
+        others = f" and {len(report.missing) - _NAMED} others" if len(report.missing) > _NAMED else ""
+        parts.append(f"{_missing(report)}: {', '.join(named)}{others}")
     how = ", ".join(sorted({row.timed for row in report.rows if row.timed})) or "nothing"
     parts.append(
         f"timed: {how}; percent of a copy's {report.ceiling:.0f} GB/s by the fewest bytes; {report.seconds:.0f} s"
@@ -55,6 +61,7 @@ def markdown(report: Report) -> str:
         *(f"- {name}: {value}" for name, value in report.environment.items()),
         *(f"- against {name}: {value}" for name, value in report.peers.items()),
         f"- copy ceiling: {report.ceiling:.0f} GB/s, bytes read and written",
+        *([f"- {_missing(report)}: {', '.join(map(str, report.missing))}"] if report.missing else []),
         "",
         "Times in µs, medians. Percent of the copy ceiling by the fewest bytes that can move: forward / backward /",
         "both. Error: ‖result − exact‖ / ‖exact‖ against float64, outputs / gradients, and the worst entry in units in",
@@ -63,7 +70,11 @@ def markdown(report: Report) -> str:
     for op in dict.fromkeys(row.op for row in report.rows):
         rows = [row for row in report.rows if row.op == op]
         lines += ["", f"## {op}", "", *_markdown_table(rows, report.ceiling)]
-    lines += ["", "## Fastest peer", "", *_markdown_comparisons(compare(report.rows))]
+    lines += [
+        "", "## Fastest peer", "",
+        "The fastest in forward and backward together. Each pass: ours / its, and its time over ours; below 1 it wins.",
+        "", *_markdown_comparisons(report.comparisons()),
+    ]  # fmt: skip
     hosts = [row for row in report.rows if row.host_microseconds is not None]
     if hosts:
         lines += ["", "## Host", "", "Time of the host for a forward call with gradients on, µs, median.", ""]
@@ -141,9 +152,14 @@ def _markdown_table(rows: Sequence[Row], ceiling: float) -> list[str]:
 
 def _markdown_comparisons(comparisons: Sequence[Comparison]) -> list[str]:
     rows = [
-        [one.op, one.case, f"{one.ours:.1f}", one.peer, f"{one.theirs:.1f}", f"{one.ratio:.2f}"] for one in comparisons
-    ]
-    return _markdown_rows(["op", "case", "ours", "fastest peer", "its time", "ratio"], rows, {2, 4, 5})
+        [
+            one.op, one.case, f"{one.ours:.1f}", one.peer, f"{one.theirs:.1f}", f"{one.ratio:.2f}",
+            *_pair(one.forward), *_pair(one.backward),
+        ]
+        for one in comparisons
+    ]  # fmt: skip
+    header = ["op", "case", "ours", "fastest peer", "its time", "ratio", "forward", "ratio", "backward", "ratio"]
+    return _markdown_rows(header, rows, {2, 4, 5, 6, 7, 8, 9})
 
 
 def _markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]], right: set[int]) -> list[str]:
@@ -184,6 +200,14 @@ def _ulps(row: Row) -> str:
 
 def _peer(found: Comparison | None) -> str:
     return _NOTHING if found is None else f"{found.ratio:.2f}× {found.peer} ({found.theirs:.1f})"
+
+
+def _pair(found: Pair | None) -> tuple[str, str]:
+    return (_NOTHING, _NOTHING) if found is None else (f"{found.ours:.1f} / {found.theirs:.1f}", f"{found.ratio:.2f}")
+
+
+def _missing(report: Report) -> str:
+    return f"interrupted, {len(report.missing)} of {report.cases} cases missing"
 
 
 def _bytes(count: int | None) -> str:

@@ -49,8 +49,10 @@ class Accuracy:
     ulps: float
     """Largest distance of an output's entry, in units in the last place of the larger of it and the typical entry."""
     gradient_ulps: float | None
+    of_limit: float
+    """The largest of these distances over what the op's tolerance and the dtypes account for."""
     good: bool
-    """Whether all of them are as close as the dtype of the result lets one expect."""
+    """Whether all of them are within that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +119,39 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Microseconds of a pass, ours and theirs."""
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast ours is."""
+        return self.theirs / self.ours
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Ours beside the fastest of the others that are right."""
 
     op: str
     case: str
     ours: float
-    """Microseconds."""
+    """Microseconds of everything that is timed."""
     peer: str
     theirs: float
+    forward: Pair | None = None
+    backward: Pair | None = None
+    """The same two, pass by pass: who wins on the whole may lose one of them."""
+
+    def json(self) -> dict[str, Any]:
+        """For a file, with the ratios."""
+        passes = {"forward": self.forward, "backward": self.backward}
+        ratios = {
+            name: None if pair is None else {**asdict(pair), "ratio": pair.ratio} for name, pair in passes.items()
+        }
+        return {**asdict(self), "ratio": self.ratio, **ratios}
 
     @property
     def ratio(self) -> float:
@@ -141,12 +167,39 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     found = []
     for (op, case, _), members in cases.items():
         times = [(whole.microseconds, row) for row in members if row.counts and (whole := row.whole()) is not None]
-        ours = [time for time, row in times if row.contender == OURS]
-        others = [(time, row.contender) for time, row in times if row.contender != OURS]
+        ours = [(time, row) for time, row in times if row.contender == OURS]
+        others = [(time, row) for time, row in times if row.contender != OURS]
         if ours and others:
-            theirs, peer = min(others)
-            found.append(Comparison(op=op, case=case, ours=ours[0], peer=peer, theirs=theirs))
+            (mine, own), (theirs, peer) = ours[0], min(others, key=lambda one: one[0])
+            found.append(
+                Comparison(
+                    op=op, case=case, ours=mine, peer=peer.contender, theirs=theirs,
+                    forward=_pair(own.forward, peer.forward), backward=_pair(own.backward, peer.backward),
+                )
+            )  # fmt: skip
     return found
+
+
+def _pair(ours: Timing | None, theirs: Timing | None) -> Pair | None:
+    if ours is None or theirs is None:
+        return None
+    return Pair(ours=ours.microseconds, theirs=theirs.microseconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """A case that was not measured to its end."""
+
+    op: str
+    case: str
+    contenders: tuple[str, ...]
+    """Who is missing."""
+    in_part: bool
+    """Whether there are rows of others."""
+
+    def __str__(self) -> str:
+        without = f" (without {', '.join(self.contenders)})" if self.in_part else ""
+        return f"{self.op} {self.case}{without}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +220,15 @@ class Report:
     """For each library asked for: its version, or why it took no part."""
     rows: tuple[Row, ...]
     seconds: float
+    cases: int
+    """How many were chosen."""
+    missing: tuple[Missing, ...] = ()
+    """Those among them that are not there, or not whole; none after a run that came to its end."""
+
+    def comparisons(self) -> list[Comparison]:
+        """`compare` over the whole cases: in one cut short, who is missing may be the fastest."""
+        cut = {(one.op, one.case) for one in self.missing}
+        return compare(row for row in self.rows if (row.op, row.case) not in cut)
 
     def json(self) -> dict[str, Any]:
         """For a file: everything, with what follows from it spelled out."""
@@ -180,8 +242,10 @@ class Report:
             "copy_ceiling_gb_s": self.ceiling,
             "peers": self.peers,
             "run_seconds": round(self.seconds, 1),
+            "cases": self.cases,
+            "missing": [asdict(one) for one in self.missing],
             "rows": [self._row(row) for row in self.rows],
-            "comparisons": [{**asdict(one), "ratio": one.ratio} for one in compare(self.rows)],
+            "comparisons": [one.json() for one in self.comparisons()],
         }
         return {name: _without_nan(value) for name, value in found.items()}
 
@@ -198,7 +262,7 @@ def _without_nan(value: Any) -> Any:
     """The same with words for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {name: _without_nan(one) for name, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_without_nan(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -6,14 +6,18 @@
     megatron-ru bench ops --against torch,liger --json ops.json --markdown ops.md --plot ops.png
 
 A large copy is timed first. Each op and each contender is then timed forward, backward and together, its results are
-compared with the formula in float64, and its speed is told as a share of that copy's.
+compared with the formula in float64, and its speed is told as a share of that copy's. A run that SIGINT or SIGTERM
+cuts short ends with what it has, and says which cases are missing.
 """
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import Any
 
 NAME = "bench"
 SUMMARY = "time the fused ops against a copy of memory and against other libraries"
+_DEFAULTS: dict[str, Any] = {"timing": "queued", "seconds_per_case": 0.15}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--tokens", metavar="N,...", help="cases whose first size is one of these (default: all)")
     ops.add_argument("--hidden", metavar="N,...", help="cases with one of these among their other sizes (default: all)")
     ops.add_argument(
-        "--timing", choices=("queued", "graph", "launched"), default="queued",
+        "--timing", choices=("queued", "graph", "launched"), default=_DEFAULTS["timing"],
         help="on a GPU: calls that wait in its queue, replays of a CUDA graph, or calls as the host makes them "
         "(default: %(default)s)",
     )  # fmt: skip
     ops.add_argument(
-        "--seconds-per-case", type=float, default=0.15, metavar="S",
+        "--seconds-per-case", type=float, default=_DEFAULTS["seconds_per_case"], metavar="S",
         help="for timing each contender in each case; warm-up and compiling come on top (default: %(default)s)",
     )  # fmt: skip
     ops.add_argument("--json", type=Path, metavar="FILE", help="write everything measured, after each case")
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the action. Returns 0; raises UserError."""
+    """Runs the action. Returns 0, or 128 and the number of the signal that ended it early; raises UserError."""
     return {"ops": _ops}[arguments.action](arguments)
 
 
@@ -55,6 +59,7 @@ def _ops(arguments: argparse.Namespace) -> int:
     """Time the fused ops and print ours beside the fastest peer."""
     import torch
 
+    from megatron_ru.benchmarks.interruption import Interruption
     from megatron_ru.benchmarks.op_benchmark import Settings
     from megatron_ru.benchmarks.op_benchmark import run as run_benchmark
     from megatron_ru.benchmarks.peer import PEERS
@@ -88,11 +93,27 @@ def _ops(arguments: argparse.Namespace) -> int:
         if arguments.markdown is not None:
             write_markdown(report, arguments.markdown)
 
-    report = run_benchmark(settings, finished)
-    print(summary(report))
-    if arguments.plot is not None:
-        write_plot(report, arguments.plot)
-    return 0
+    with Interruption() as interruption:
+        report = run_benchmark(settings, finished, _command(arguments), lambda: interruption.came)
+        # Once more: the signal may have come in the middle of a case.
+        finished(report)
+        print(summary(report), flush=True)
+        if arguments.plot is not None and report.rows:
+            write_plot(report, arguments.plot)
+    return 0 if interruption.number is None else 128 + interruption.number
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The command with what differs from the defaults, and of files their names: where they lie is nobody's concern."""
+    words = ["megatron-ru", NAME, arguments.action]
+    for name in (
+        "only", "against", "device", "dtype", "tokens", "hidden", "timing", "seconds_per_case", "json", "markdown",
+        "plot",
+    ):  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None and value != _DEFAULTS.get(name):
+            words += [f"--{name.replace('_', '-')}", value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words)
 
 
 def _words(text: str | None) -> tuple[str, ...]:

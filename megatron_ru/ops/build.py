@@ -35,7 +35,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # -fno-math-errno and -fno-trapping-math allow vectors where C would want errno and traps; sums keep their order.
 _CPU_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _BINDING_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden")
-_CUDA_FLAGS = ("-O3", "-std=c++17", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-lineinfo")
+_CUDA_FLAGS = ("-O3", "-std=c++20", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-lineinfo")
 _TRIAL = "import torch; torch.ops.load_library({path!r}); torch.ops.megatron_ru.build_info()"
 _KEPT_LINES = 12
 _OBJECT_DAYS = 14

@@ -73,7 +73,8 @@ def cross_entropy(
         if reduction not in _REDUCTIONS:
             raise UserError(f"reduction {reduction!r} is unknown, expected one of {', '.join(_REDUCTIONS)}")
         if reduction == "mean":
-            share = (target != ignore_index).sum().to(torch.promote_types(logits.dtype, torch.float32)).reciprocal()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            share = (target != ignore_index).sum(dtype=wide).reciprocal()
             expected = share if expected is None else expected * share
     if one_pass is None:
         one_pass = reduction != "none" or expected is not None

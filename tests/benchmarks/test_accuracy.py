@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from megatron_ru.benchmarks.accuracy import accuracy, differentiable_outputs, exact_results
+from megatron_ru.benchmarks.accuracy import accuracy, differentiable_outputs, exact_results, limit
 from megatron_ru.benchmarks.peer import Prepared
-from megatron_ru.ops.op import Call
+from megatron_ru.ops.op import OPS, Call, Tolerance
 from tests.benchmarks.conftest import make_op
 
 
@@ -48,6 +48,73 @@ def test_small_dtype_is_allowed_more(square):
     for dtype, good in ((torch.bfloat16, True), (torch.float32, False)):
         found = of_function(square, lambda x, dtype=dtype: (1.001 * x.float() ** 2).to(dtype), dtype)
         assert found.good is good
+
+
+def test_limit_comes_from_the_op():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    plain = Tolerance(ulps=1, wide=8, reason="fp32")
+    rough = Tolerance(ulps=1, wide=8, rough=2, reason="logits are rounded")
+    long = Tolerance(ulps=1, wide=1000, reason="long sums")
+    assert limit(plain, fp32, bf16) == 1e-5
+    assert limit(rough, fp32, bf16) == 2 * 2**-7
+    assert limit(long, fp32, bf16) == pytest.approx(1000 * 2**-23)
+    # fp32 throughout rounds nothing to bf16.
+    assert limit(rough, fp32, fp32) == 1e-5
+    # A few roundings of the result's own dtype are always allowed.
+    assert limit(plain, bf16, bf16) == 2 * 2**-7
+
+
+def test_rounding_of_logits_is_nobody_s_fault():
+    """Losses in fp32 of logits in bf16: every way of computing them is far from the formula, and none is wrong."""
+
+    def of_logits(x):
+        return (x * x).float().log()
+
+    def reference(x):
+        return (x.double() ** 2).log()
+
+    strict = make_op(function=of_logits, reference=reference)
+    told = make_op(
+        function=of_logits, reference=reference,
+        tolerance=Tolerance(ulps=1, wide=8, rough=2, reason="the square is rounded to the dtype"),
+    )  # fmt: skip
+    found = of_function(strict, of_logits)
+    assert (found.good, found.of_limit > 10) == (False, True)
+    found = of_function(told, of_logits)
+    assert (found.good, 0 < found.of_limit < 1) == (True, True)
+    # Two per cent are more than that.
+    assert not of_function(told, lambda x: 1.02 * of_logits(x)).good
+
+
+def test_linear_cross_entropy_in_bf16_is_right():
+    """The op that a run on a GPU called wrong, with everybody else's."""
+    op = OPS["linear_cross_entropy"]
+    call = op.samples[1].make("cpu", torch.bfloat16)
+    exact = exact_results(op, call, torch.bfloat16, differentiable_outputs(op, call.copy(), call.run(op.plain)))
+    for function in (op.function, op.plain):
+        own = call.copy()
+        prepared = Prepared(run=lambda own=own, function=function: own.run(function), leaves=tuple(own.leaves()))
+        found = accuracy(op, own, prepared, exact)
+        assert found.output > 1e-5
+        assert found.good, found
+
+
+def test_recorded_errors_are_within_the_limits():
+    """What one H200 gave for each op (2026-11-24), the largest of all contenders: output and gradient, and the dtype
+    of the output."""
+    recorded = {
+        "activation": (2.6e-3, 2.4e-3, torch.bfloat16), "adamw": (1.3e-6, None, torch.float32),
+        "add_layer_norm": (2.5e-3, 2.6e-3, torch.bfloat16), "add_rms_norm": (3.0e-3, 3.5e-3, torch.bfloat16),
+        "cross_entropy": (9.5e-8, 1.5e-4, torch.float32), "glu": (2.5e-3, 2.5e-3, torch.bfloat16),
+        "gradient_guard": (0.0, None, torch.float32), "layer_norm": (1.7e-3, 1.7e-3, torch.bfloat16),
+        "linear_cross_entropy": (1.6e-4, 2.8e-3, torch.float32), "rms_norm": (1.7e-3, 1.8e-3, torch.bfloat16),
+        "rope": (1.7e-3, 1.7e-3, torch.bfloat16),
+        "vocab_parallel_cross_entropy": (3.5e-8, 4.3e-5, torch.float32),
+    }  # fmt: skip
+    assert set(recorded) == set(OPS)
+    for name, (output, gradient, dtype) in recorded.items():
+        assert output <= limit(OPS[name].tolerance, dtype, torch.bfloat16), name
+        assert (gradient or 0) <= limit(OPS[name].gradient_tolerance, torch.bfloat16, torch.bfloat16), name
 
 
 def test_wrong_gradient_alone_is_noticed(square):

@@ -1,17 +1,19 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_ru.benchmarks import op_benchmark
-from megatron_ru.benchmarks.op_benchmark import Settings, chosen, entries, run
+from megatron_ru.benchmarks.op_benchmark import Settings, chosen, entries, in_turn, run
 from megatron_ru.benchmarks.peer import PEERS, Peer, Prepared
 from megatron_ru.benchmarks.report import write_json
 from megatron_ru.benchmarks.result import OURS
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.registry import Registry
-from megatron_ru.ops.op import OPS
+from megatron_ru.ops.op import OPS, BenchmarkCase
 from tests.benchmarks.conftest import make_op
+from tests.benchmarks.test_contest import Over
 
 
 @pytest.fixture
@@ -107,6 +109,86 @@ def test_ours_comes_first_and_ways_have_names(ops, failing):
     assert [entry.name for entry in entries(ops["cube"], [failing])] == [OURS]
 
 
+def test_compiler_comes_last(ops, failing):
+    peers = [Peer(**{**vars(failing), "name": "slow", "title": "Slow", "compiles": True}), failing]
+    names = [entry.name for entry in entries(ops["square"], peers)]
+    assert names == [OURS, "Failing", "Failing, in place", "Slow", "Slow, in place"]
+    assert [name for name, peer in PEERS.items() if peer.compiles] == ["compile"]
+
+
+def test_every_op_has_its_turn_before_a_second_case():
+    assert in_turn(["a", "a", "a", "b", "c", "c"]) == [0, 3, 4, 1, 5, 2]
+
+
+def test_cases_are_gone_through_in_turn_and_reported_in_order(ops):
+    written = []
+    report = run(settings(tokens=(4, 64)), written.append)
+    order = [("cube", "4x3"), ("square", "64x5"), ("square", "4x3")]
+    assert [(row.op, row.case) for row in report.rows] == order
+    assert (report.cases, report.missing) == (3, ())
+    first = make_op("cube").cases[0]
+    ops._members["cube"] = make_op("cube", cases=(first, *make_op(rows=64, columns=5).cases))
+    written.clear()
+    run(settings(tokens=(4, 64)), written.append)
+    # The last is the second case of each.
+    assert [len(one.rows) for one in written] == [1, 2, 3, 4]
+    assert [f"{one.op} {one.case}" for one in written[1].missing] == ["cube 64x5", "square 4x3"]
+
+
+def test_interrupted_run_keeps_what_there_is(ops, failing):
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    # A peer that does cube and is interrupted, as by a signal, in its second case.
+    calls = []
+
+    def adapter(x):
+        calls.append(x.shape[0])
+        return Prepared(run=(lambda: x * x) if x.shape[0] == 64 else (lambda: interrupt(x)), leaves=(x,))
+
+    peer = Peer(**{**vars(failing), "adapters": {"square": {"": adapter, "again": adapter}}})
+    op_benchmark.PEERS._members["failing"] = peer
+    report = run(settings(against=("torch", "failing"), tokens=(4, 64)))
+    found = [(row.op, row.case, row.contender) for row in report.rows]
+    assert found[-2:] == [("square", "4x3", OURS), ("square", "4x3", "torch")]
+    assert report.cases == 3
+    (cut,) = report.missing
+    assert str(cut) == "square 4x3 (without Failing, Failing, again)"
+    assert {one.case for one in report.comparisons()} == {"4x3", "64x5"}
+    assert ("square", "4x3") not in {(one.op, one.case) for one in report.comparisons()}
+
+
+def test_interruption_that_a_library_swallowed_ends_the_run_too(ops):
+    asked = iter([False, False, True])
+    report = run(settings(), interrupted=lambda: next(asked))
+    assert [row.op for row in report.rows] == ["cube"]
+    assert [str(one) for one in report.missing] == ["square 4x3"]
+
+
+def test_backward_over_its_input_changes_the_whole_case(ops, failing):
+    """Ours is timed again when another contender cannot share its inputs."""
+    peer = Peer(**{**vars(failing), "adapters": {"square": {"": lambda x: Prepared(
+        run=lambda: Over.apply(x), leaves=(x,))}}})  # fmt: skip
+    op_benchmark.PEERS._members["failing"] = peer
+    report = run(settings(only=("square",), against=("torch", "failing")))
+    assert [row.contender for row in report.rows] == [OURS, "torch", "Failing"]
+    for row in report.rows:
+        assert row.status == "ok", row.note
+        assert "one graph for each input set" in row.note
+        assert row.backward.iterations == 2 + min(10, 4 * 64 * 2**20 // row.bytes_forward)
+
+
+def test_our_activation_in_place_is_timed(ops):
+    """With the op as it is, on a size of a few numbers."""
+    real = OPS["activation"]
+    sample = next(one for one in real.samples if one.label == "swiglu: gradient over the input")
+    case = BenchmarkCase(label="swiglu in place 4x24", make=sample.make, bytes_moved=lambda dtype: (1000, 1000))
+    ops.register("activation")(replace(real, cases=(case,)))
+    (row,) = run(settings(only=("activation",))).rows
+    assert row.status == "ok", row.note
+    assert row.accuracy.good
+
+
 def test_op_of_ours_that_fails_is_a_row(ops, failing):
     def broken(x):
         raise ValueError("no such dtype")
@@ -118,8 +200,6 @@ def test_op_of_ours_that_fails_is_a_row(ops, failing):
 
 
 def test_matrix_products_are_left_out_on_a_cpu_unless_named(ops):
-    from dataclasses import replace
-
     case = replace(make_op().cases[0], flops=8 * 10**12)
     ops._members["square"] = make_op("square", cases=(case,))
     rows = run(settings()).rows

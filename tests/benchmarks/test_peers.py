@@ -108,6 +108,8 @@ def test_settings_that_a_library_lacks():
     only_default(positions=None, offset=0, interleaved=False, z_loss=0.0)
     with pytest.raises(UnsupportedError, match="has no label smoothing"):
         only_default(label_smoothing=0.1)
+    with pytest.raises(UnsupportedError, match="has no bias"):
+        only_default(bias=torch.zeros(3))
 
 
 def test_leaves_are_those_that_require_gradients():

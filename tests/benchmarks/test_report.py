@@ -1,14 +1,15 @@
 from megatron_ru.benchmarks.report import markdown, summary, write_json, write_markdown, write_plot
-from megatron_ru.benchmarks.result import OURS, Report
+from megatron_ru.benchmarks.result import OURS, Missing, Report
 from tests.benchmarks.test_result import accuracy, row, timing
 
 
-def report(*rows):
-    return Report(
-        command="megatron-ru bench ops", date="2026-11-24T00:00:00+00:00", device="cuda", device_name="H200",
-        environment={"torch": "2.11.0", "driver": "580"}, ceiling=200.0, peers={"liger": "0.8.5"}, rows=rows,
-        seconds=61.0,
-    )  # fmt: skip
+def report(*rows, **changes):
+    values = {
+        "command": "megatron-ru bench ops", "date": "2026-11-24T00:00:00+00:00", "device": "cuda",
+        "device_name": "H200", "environment": {"torch": "2.11.0", "driver": "580"}, "ceiling": 200.0,
+        "peers": {"liger": "0.8.5"}, "rows": rows, "seconds": 61.0, "cases": 1,
+    }  # fmt: skip
+    return Report(**{**values, **changes})
 
 
 def lines_of(text):
@@ -68,7 +69,40 @@ def test_markdown_has_everybody():
     assert "| Liger | 40.0 | 60.0 | 150.0 | 67 | 50/50/33 |" in rows[1]
     assert "| 1.50 |" in rows[1]
     assert rows[2] == "| 8x4 bfloat16 | TE | – | – | – | – | failed | – | – | – | – | failed: a \\| b |"
-    assert "| rms_norm | 8x4 | 100.0 | Liger | 150.0 | 1.50 |" in text
+    assert "| rms_norm | 8x4 | 100.0 | Liger | 150.0 | 1.50 | 40.0 / 40.0 | 1.00 | 60.0 / 60.0 | 1.00 |" in text
+
+
+def test_comparison_shows_the_pass_that_a_peer_wins():
+    text = markdown(report(row(), row("torch.compile", both=97.0, forward=timing(30.0), backward=timing(66.0))))
+    assert (
+        "| rms_norm | 8x4 | 100.0 | torch.compile | 97.0 | 0.97 | 40.0 / 30.0 | 0.75 | 60.0 / 66.0 | 1.10 |"
+    ) in text
+    text = markdown(report(row(backward=None, both=None), row("torch", backward=None, both=None)))
+    assert "| rms_norm | 8x4 | 40.0 | torch | 40.0 | 1.00 | 40.0 / 40.0 | 1.00 | – | – |" in text
+
+
+def test_what_is_missing_is_said():
+    def gone(number):
+        return Missing(op="rope", case=f"{number}x4", contenders=(OURS,), in_part=False)
+
+    cut = Missing(op="rms_norm", case="8x4", contenders=("torch.compile",), in_part=True)
+    part = report(row(), row("Liger"), cases=12, missing=(cut, *map(gone, range(9))))
+    text = summary(part)
+    assert (
+        "interrupted, 10 of 12 cases missing: rms_norm 8x4 (without torch.compile), rope 0x4, rope 1x4, rope 2x4, "
+        "rope 3x4, rope 4x4 and 4 others"
+    ) in text
+    assert "faster than every peer" not in text
+    assert "rms_norm 8x4 bfloat16 40.0 60.0" in "\n".join(lines_of(text))
+    # The page names them all.
+    assert "rope 8x4\n" in markdown(part)
+    assert "- interrupted, 10 of 12 cases missing: rms_norm 8x4 (without" in markdown(part)
+    assert "missing" not in summary(report(row())) + markdown(report(row()))
+
+
+def test_nothing_measured_is_a_table_without_rows():
+    gone = Missing(op="rope", case="8x4", contenders=(OURS,), in_part=False)
+    assert "interrupted, 1 of 1 cases missing: rope 8x4" in summary(report(missing=(gone,)))
 
 
 def test_wrong_peer_is_in_the_table_and_not_the_fastest():

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_ru.benchmarks.result import OURS, Accuracy, Report, Row, Timing, compare
+from megatron_ru.benchmarks.result import OURS, Accuracy, Missing, Pair, Report, Row, Timing, compare
 
 
 def timing(microseconds):
@@ -10,7 +10,7 @@ def timing(microseconds):
 
 
 def accuracy(good=True):
-    return Accuracy(output=1e-3, gradient=2e-3, ulps=0.5, gradient_ulps=0.75, good=good)
+    return Accuracy(output=1e-3, gradient=2e-3, ulps=0.5, gradient_ulps=0.75, of_limit=0.25 if good else 3.0, good=good)
 
 
 def row(contender=OURS, both=100.0, **changes):
@@ -69,16 +69,32 @@ def test_ours_is_compared_with_the_fastest_that_is_right():
     assert found.ratio == pytest.approx(1.5)
 
 
+def test_passes_are_compared_with_those_of_the_same_peer():
+    rows = [
+        row(both=100.0),
+        row("fast", both=90.0, forward=timing(50.0), backward=timing(45.0)),
+        # Faster forward, slower together.
+        row("slow", both=300.0, forward=timing(1.0)),
+    ]
+    (found,) = compare(rows)
+    assert found.peer == "fast"
+    assert (found.forward, found.backward) == (Pair(ours=40.0, theirs=50.0), Pair(ours=60.0, theirs=45.0))
+    assert (found.forward.ratio, found.backward.ratio) == pytest.approx((1.25, 0.75))
+    (found,) = compare([row(backward=None, both=None), row("fast", backward=None, both=None)])
+    assert (found.backward, found.json()["backward"]) == (None, None)
+
+
 def test_ours_that_is_wrong_is_not_compared():
     assert compare([row(accuracy=accuracy(good=False)), row("fast")]) == []
     assert compare([row()]) == []
 
 
 def test_json_has_words_for_what_is_no_number():
-    wrong = Accuracy(output=float("nan"), gradient=None, ulps=float("inf"), gradient_ulps=None, good=False)
+    nan = float("nan")
+    wrong = Accuracy(output=nan, gradient=None, ulps=float("inf"), gradient_ulps=None, of_limit=nan, good=False)
     report = Report(
         command="", date="", device="cpu", device_name="", environment={}, ceiling=1.0, peers={}, seconds=0.0,
-        rows=(row(accuracy=wrong),),
+        rows=(row(accuracy=wrong),), cases=1,
     )  # fmt: skip
     found = json.loads(json.dumps(report.json(), allow_nan=False))
     assert (found["rows"][0]["accuracy"]["output"], found["rows"][0]["accuracy"]["ulps"]) == ("nan", "inf")
@@ -89,6 +105,7 @@ def test_json_holds_what_follows_from_the_numbers():
         command="megatron-ru bench ops", date="2026-11-24T00:00:00+00:00", device="cuda", device_name="H200",
         environment={"torch": "2.11.0"}, ceiling=200.0, peers={"liger": "0.8.5", "te": "not installed"},
         rows=(row(), row("Liger", both=125.0), row("TE", status="failed", note="no kernel", both=None)), seconds=12.34,
+        cases=1,
     )  # fmt: skip
     found = json.loads(json.dumps(report.json()))
     assert found["schema"] == 1
@@ -100,6 +117,29 @@ def test_json_holds_what_follows_from_the_numbers():
     assert second["gb_s"]["both"] == pytest.approx(80.0)
     assert (third["status"], third["note"], third["gb_s"]["both"]) == ("failed", "no kernel", None)
     assert found["comparisons"] == [
-        {"op": "rms_norm", "case": "8x4", "ours": 100.0, "peer": "Liger", "theirs": 125.0, "ratio": 1.25}
-    ]
+        {
+            "op": "rms_norm", "case": "8x4", "ours": 100.0, "peer": "Liger", "theirs": 125.0, "ratio": 1.25,
+            "forward": {"ours": 40.0, "theirs": 40.0, "ratio": 1.0},
+            "backward": {"ours": 60.0, "theirs": 60.0, "ratio": 1.0},
+        }
+    ]  # fmt: skip
     assert found["run_seconds"] == 12.3
+    assert (found["cases"], found["missing"]) == (1, [])
+
+
+def test_case_cut_short_is_not_compared():
+    """Who is missing may be the fastest."""
+    cut = Missing(op="rms_norm", case="8x4", contenders=("torch.compile",), in_part=True)
+    untouched = Missing(op="rope", case="8x4", contenders=(OURS, "torch.compile"), in_part=False)
+    report = Report(
+        command="", date="", device="cpu", device_name="", environment={}, ceiling=1.0, peers={}, seconds=0.0,
+        rows=(row(), row("Liger", both=150.0), row(case="9x9"), row("Liger", case="9x9")),
+        cases=3, missing=(cut, untouched),
+    )  # fmt: skip
+    assert [one.case for one in report.comparisons()] == ["9x9"]
+    assert list(map(str, report.missing)) == ["rms_norm 8x4 (without torch.compile)", "rope 8x4"]
+    found = json.loads(json.dumps(report.json()))
+    assert len(found["rows"]) == 4
+    assert found["missing"][0] == {
+        "op": "rms_norm", "case": "8x4", "contenders": ["torch.compile"], "in_part": True,
+    }  # fmt: skip

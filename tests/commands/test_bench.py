@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import pytest
 
@@ -31,8 +33,59 @@ def test_writes_what_it_is_asked_for(small, tmp_path, monkeypatch, capsys):
     stored = json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))
     assert {row["contender"] for row in stored["rows"]} == {"megatron_ru", "torch"}
     assert {row["op"] for row in stored["rows"]} == {"square"}
-    assert "## square" in (tmp_path / "ops.md").read_text(encoding="utf-8")
+    page = (tmp_path / "ops.md").read_text(encoding="utf-8")
+    assert "## square" in page
     assert (tmp_path / "ops.png").exists()
+    # As it is typed; where the files lie on this machine is nobody's concern.
+    command = (
+        "megatron-ru bench ops --only square --against torch --device cpu --seconds-per-case 0.003 "
+        "--json ops.json --markdown ops.md --plot ops.png"
+    )
+    assert stored["command"] == command
+    assert f"- command: `{command}`\n" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_ends_with_what_it_has(small, tmp_path, monkeypatch, capsys, number):
+    from megatron_ru.benchmarks import op_benchmark
+    from tests.benchmarks.conftest import make_op
+
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+
+    def stop(x):
+        os.kill(os.getpid(), number)
+        return x * x
+
+    op_benchmark.OPS.register("zeta")(make_op("zeta", function=stop))
+    files = [str(tmp_path / name) for name in ("ops.json", "ops.md", "ops.png")]
+    words = ["--against", "torch", "--device", "cpu", "--seconds-per-case", "0.003"]
+    code = main(["bench", "ops", *words, "--json", files[0], "--markdown", files[1], "--plot", files[2]])
+    assert code == 128 + number
+    shown = capsys.readouterr().out
+    assert "square  4x3   float32" in shown
+    assert "interrupted, 1 of 3 cases missing: zeta 4x3\n" in shown
+    stored = json.loads((tmp_path / "ops.json").read_text(encoding="utf-8"))
+    assert [row["op"] for row in stored["rows"]] == ["cube", "cube", "square", "square"]
+    assert [one["op"] for one in stored["missing"]] == ["zeta"]
+    assert "interrupted, 1 of 3 cases missing: zeta 4x3" in (tmp_path / "ops.md").read_text(encoding="utf-8")
+    assert (tmp_path / "ops.png").exists()
+
+
+def test_interruption_before_the_first_row(small, tmp_path, monkeypatch, capsys):
+    from megatron_ru.benchmarks import op_benchmark
+    from tests.benchmarks.conftest import make_op
+
+    def stop(x):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return x * x
+
+    op_benchmark.OPS._members["cube"] = make_op("cube", function=stop)
+    json_file = tmp_path / "ops.json"
+    words = ["--against", "none", "--device", "cpu", "--json", str(json_file), "--plot", str(tmp_path / "ops.png")]
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+    assert main(["bench", "ops", *words]) == 143
+    assert "interrupted, 2 of 2 cases missing: cube 4x3, square 4x3" in capsys.readouterr().out
+    assert json.loads(json_file.read_text(encoding="utf-8"))["rows"] == []
 
 
 def test_against_none_times_ours_alone(small, capsys):

@@ -35,5 +35,6 @@ register(
         summary="torch.compile (dynamic=False) on plain torch",
         fallback=prepare,
         needs_cuda=False,
+        compiles=True,
     )
 )
