@@ -10,6 +10,12 @@ namespace {
 // So many columns at a time stay in the first cache, whatever becomes of them.
 constexpr int64_t kBlock = 512;
 
+// How many columns are taken at a time: a whole row where nothing passes through a room.
+template <class W>
+MEGATRON_RU_INLINE int64_t block_of(Dtype dtype, bool has_bias, int64_t columns) {
+  return dtype == kDtypeOf<W> && !has_bias ? columns : kBlock;
+}
+
 template <class W>
 struct Pair {
   W value, slope;
@@ -67,12 +73,13 @@ MEGATRON_RU_INLINE const W* biased(const void* row, const void* bias, Dtype dtyp
 template <class Function, class W>
 MEGATRON_RU_INLINE void forward(const ActivationForward& call, int64_t first_row, int64_t last_row) {
   const Dtype dtype = call.dtype;
+  const int64_t block = block_of<W>(dtype, call.gate_bias || call.up_bias, call.columns);
   W gate_room[kBlock], up_room[kBlock], out_room[kBlock];
   for (int64_t row = first_row; row < last_row; ++row) {
     const void* gate_row = element(call.gate, dtype, row * call.gate_stride);
     const void* up_row = call.up ? element(call.up, dtype, row * call.up_stride) : nullptr;
-    for (int64_t column = 0; column < call.columns; column += kBlock) {
-      const int64_t count = std::min(kBlock, call.columns - column);
+    for (int64_t column = 0; column < call.columns; column += block) {
+      const int64_t count = std::min(block, call.columns - column);
       const W* gate = biased(gate_row, call.gate_bias, dtype, column, count, gate_room);
       void* out_to = element(call.out, dtype, row * call.out_stride + column);
       W* out = room_for(out_to, dtype, out_room);
@@ -93,12 +100,13 @@ MEGATRON_RU_INLINE void forward(const ActivationForward& call, int64_t first_row
 template <class Function, class W>
 MEGATRON_RU_INLINE void backward(const ActivationBackward& call, int64_t first_row, int64_t last_row) {
   const Dtype dtype = call.dtype;
+  const int64_t block = block_of<W>(dtype, call.gate_bias || call.up_bias, call.columns);
   W dy_room[kBlock], gate_room[kBlock], up_room[kBlock], dgate_room[kBlock], dup_room[kBlock];
   for (int64_t row = first_row; row < last_row; ++row) {
     const void* gate_row = element(call.gate, dtype, row * call.gate_stride);
     const void* up_row = call.up ? element(call.up, dtype, row * call.up_stride) : nullptr;
-    for (int64_t column = 0; column < call.columns; column += kBlock) {
-      const int64_t count = std::min(kBlock, call.columns - column);
+    for (int64_t column = 0; column < call.columns; column += block) {
+      const int64_t count = std::min(block, call.columns - column);
       const W* dy = widen(element(call.dy, dtype, row * call.dy_stride + column), dtype, count, dy_room);
       const W* gate = biased(gate_row, call.gate_bias, dtype, column, count, gate_room);
       void* dgate_to = element(call.dgate, dtype, row * call.dgate_stride + column);
