@@ -155,6 +155,21 @@ def test_commands_with_a_parser_of_ours_parse():
     assert wrong == []
 
 
+def test_launch_commands_render():
+    from megatron_ru.commands.launch import job_of
+    from megatron_ru.launch.target import TARGETS
+
+    rendered = set()
+    for command in COMMANDS:
+        if not command.whole or command.words[0] != "launch":
+            continue
+        arguments = build_parser(discover_commands()).parse_args(command.words)
+        checked = subprocess.run(["bash", "-n"], input=TARGETS[arguments.target].render(job_of(arguments)).content)
+        assert checked.returncode == 0, command
+        rendered.add(arguments.target)
+    assert rendered == set(TARGETS)
+
+
 def test_commands_with_megatrons_parser_parse(training_parser):
     wrong, parsed = [], 0
     for command in COMMANDS:
@@ -194,7 +209,7 @@ def test_flags_named_in_sentences_exist(training_parser):
     # Those of other programs, and the one that the page on errors shows as unknown.
     known |= {
         "--no-such-flag", "--oversubscribe", "--allow-run-as-root",
-        "--kill-on-bad-exit",
+        "--kill-on-bad-exit", "--exit-signal-handler",
     }  # fmt: skip
     wrong = []
     for path in PAGES:

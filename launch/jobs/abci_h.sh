@@ -1,0 +1,132 @@
+#!/bin/bash
+# The queue is rt_HF, whole nodes.
+# Ready to edit; rendered by `megatron-ru launch abci-h --nodes 2 --time 24:00:00 --group gaa50000 --name ru-7b3 --modules python/3.12 cuda/12.6 hpcx/2.20 -- COMMAND`.
+# ABCI H nodes, 8 H200 each: 2 nodes x 8 GPUs = 16 ranks, TP 2 x PP 1 x DP 8. To submit: qsub FILE
+#PBS -P gaa50000
+#PBS -q rt_HF
+#PBS -N ru-7b3
+#PBS -l select=2
+#PBS -l walltime=24:00:00
+#PBS -j oe
+#PBS -o ./
+#PBS -r n
+# shellcheck disable=SC1091,SC2016,SC2054
+set -euo pipefail
+cd "$PBS_O_WORKDIR"
+
+# The first global IPv4 address of the interfaces named, else of any that leads out of this host, else what its name
+# stands for, else the name.
+ru_first_address() {
+    local interface address
+    for interface in "$@"; do
+        address=$(ip -4 -o addr show dev "$interface" scope global 2>/dev/null |
+            awk 'NR == 1 { sub(/\/.*/, "", $4); print $4 }') || true
+        if [ -n "$address" ]; then printf '%s\n' "$address"; return; fi
+    done
+    address=$(ip -4 -o addr show scope global 2>/dev/null |
+        awk '$2 !~ /^(docker|virbr|veth|br-)/ && !n++ { sub(/\/.*/, "", $4); print $4 }') || true
+    if [ -z "$address" ]; then
+        address=$(getent ahostsv4 "$(hostname)" 2>/dev/null | awk '$1 !~ /^127\./ && !n++ { print $1 }') || true
+    fi
+    printf '%s\n' "${address:-$(hostname)}"
+}
+
+# 10000 + job number mod 20000, below the ports that outgoing connections take; the next one where somebody listens.
+ru_free_port() {
+    local number=${1//[!0-9]/} port host tries
+    number=${number:0:15}
+    port=$((10000 + 10#${number:-0} % 20000))
+    for ((tries = 0; tries < 100; tries++)); do
+        for host in 127.0.0.1 "$2"; do
+            if timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$host" "$port" 2>/dev/null; then
+                port=$((10000 + (port - 9999) % 20000))
+                continue 2
+            fi
+        done
+        printf '%s\n' "$port"
+        return
+    done
+    echo "100 ports up to $port are taken on $2: is something left over from another job?" >&2
+    return 1
+}
+
+# Hosts, one to a line and perhaps repeated, as a hostfile with slots: each once, this host first, since rank 0 shall
+# run where the meeting place is.
+ru_with_slots() {
+    local here
+    here=$(hostname)
+    awk -v here="${here%%.*}" -v slots="$1" '
+        /^[ \t]*(#|$)/ || seen[$1]++ { next }
+        { short = $1; sub(/\..*/, "", short); line = $1 " slots=" slots "\n" }
+        short == here { first = first line; next }
+        { rest = rest line }
+        END { printf "%s%s", first, rest }'
+}
+
+# The hosts of this job, as the scheduler names them.
+ru_hosts() {
+    if [ -r "${PBS_NODEFILE:-}" ]; then cat "$PBS_NODEFILE"
+    else hostname
+    fi
+}
+
+# A plain script knows no modules before this file is read; neither is written for set -u.
+set +u
+if [ -r /etc/profile.d/modules.sh ]; then source /etc/profile.d/modules.sh; fi
+module load python/3.12 || { echo 'module python/3.12 could not be loaded: see module avail' >&2; exit 1; }
+module load cuda/12.6 || { echo 'module cuda/12.6 could not be loaded: see module avail' >&2; exit 1; }
+module load hpcx/2.20 || { echo 'module hpcx/2.20 could not be loaded: see module avail' >&2; exit 1; }
+set -u
+
+# What every rank runs.
+ru_command=(
+    .venv/bin/megatron-ru pretrain_gpt
+    --ru-variant ru_7b3
+    --data-path data/ru
+    --tokenizer-model data/ru.model
+    --split 990,10,0
+    --tensor-model-parallel-size 2
+    --sequence-parallel
+    --use-distributed-optimizer
+    --bf16
+    --micro-batch-size 1
+    --global-batch-size 1024
+    --train-iters 1000
+    --lr 3e-4
+    --lr-decay-style cosine
+    --lr-warmup-fraction 0.01
+    --min-lr 3e-5
+    --eval-interval 250
+    --eval-iters 10
+    --save runs/ru_7b3
+    --load runs/ru_7b3
+    --save-interval 250
+    --ru-metrics runs/ru_7b3/metrics.jsonl
+)
+
+ru_hostfile=$(mktemp)
+trap 'rm -f "$ru_hostfile"' EXIT
+ru_hosts | ru_with_slots 8 >"$ru_hostfile"
+
+MASTER_ADDR=$(ru_first_address bond0)
+MASTER_PORT=$(ru_free_port "${PBS_JOBID%%[!0-9]*}" "$MASTER_ADDR")
+export MASTER_ADDR MASTER_PORT
+
+ru_found=$(wc -l <"$ru_hostfile")
+if [ "$ru_found" -ne 2 ]; then
+    echo "this script is made for 2 nodes, and there are $ru_found: $(tr '\n' ' ' <"$ru_hostfile")" >&2
+    exit 1
+fi
+
+# Ranks on other hosts see only what is named here.
+ru_travels=()
+for ru_name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV RU_ARRAY_INDEX; do
+    if [ -n "${!ru_name+set}" ]; then ru_travels+=(-x "$ru_name"); fi
+done
+
+# With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
+mpirun -np 16 -npernode 8 -hostfile "$ru_hostfile" --bind-to none \
+    -mca oob_tcp_keepalive_time 5 -mca oob_tcp_keepalive_intvl 2 -mca oob_tcp_keepalive_probes 3 \
+    "${ru_travels[@]}" \
+    bash -c 'export RANK="$OMPI_COMM_WORLD_RANK" WORLD_SIZE="$OMPI_COMM_WORLD_SIZE" LOCAL_RANK="$OMPI_COMM_WORLD_LOCAL_RANK" LOCAL_WORLD_SIZE="$OMPI_COMM_WORLD_LOCAL_SIZE"; exec "$@"' rank \
+    "${ru_command[@]}"

@@ -1,0 +1,130 @@
+#!/bin/bash
+# 13 billion parameters on V100 of 16 GB: TP 4 x PP 8 is one model on 8 nodes.
+# Ready to edit; rendered by `megatron-ru launch abci-v --nodes 8 --time 72:00:00 --group gaa50000 --name rugpt3-13b --modules python/3.12 cuda/12.4 hpcx/2.20 --preset 13b_v100 -- COMMAND`.
+# ABCI V nodes, 4 V100 each: 8 nodes x 4 GPUs = 32 ranks, TP 4 x PP 8 x DP 1. To submit: qsub -g gaa50000 FILE
+#$ -cwd
+#$ -N rugpt3-13b
+#$ -l rt_F=8
+#$ -l h_rt=72:00:00
+#$ -j y
+#$ -o ./
+#$ -r n
+# shellcheck disable=SC1091,SC2016,SC2054
+set -euo pipefail
+
+# The first global IPv4 address of the interfaces named, else of any that leads out of this host, else what its name
+# stands for, else the name.
+ru_first_address() {
+    local interface address
+    for interface in "$@"; do
+        address=$(ip -4 -o addr show dev "$interface" scope global 2>/dev/null |
+            awk 'NR == 1 { sub(/\/.*/, "", $4); print $4 }') || true
+        if [ -n "$address" ]; then printf '%s\n' "$address"; return; fi
+    done
+    address=$(ip -4 -o addr show scope global 2>/dev/null |
+        awk '$2 !~ /^(docker|virbr|veth|br-)/ && !n++ { sub(/\/.*/, "", $4); print $4 }') || true
+    if [ -z "$address" ]; then
+        address=$(getent ahostsv4 "$(hostname)" 2>/dev/null | awk '$1 !~ /^127\./ && !n++ { print $1 }') || true
+    fi
+    printf '%s\n' "${address:-$(hostname)}"
+}
+
+# 10000 + job number mod 20000, below the ports that outgoing connections take; the next one where somebody listens.
+ru_free_port() {
+    local number=${1//[!0-9]/} port host tries
+    number=${number:0:15}
+    port=$((10000 + 10#${number:-0} % 20000))
+    for ((tries = 0; tries < 100; tries++)); do
+        for host in 127.0.0.1 "$2"; do
+            if timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$host" "$port" 2>/dev/null; then
+                port=$((10000 + (port - 9999) % 20000))
+                continue 2
+            fi
+        done
+        printf '%s\n' "$port"
+        return
+    done
+    echo "100 ports up to $port are taken on $2: is something left over from another job?" >&2
+    return 1
+}
+
+# Hosts, one to a line and perhaps repeated, as a hostfile with slots: each once, this host first, since rank 0 shall
+# run where the meeting place is.
+ru_with_slots() {
+    local here
+    here=$(hostname)
+    awk -v here="${here%%.*}" -v slots="$1" '
+        /^[ \t]*(#|$)/ || seen[$1]++ { next }
+        { short = $1; sub(/\..*/, "", short); line = $1 " slots=" slots "\n" }
+        short == here { first = first line; next }
+        { rest = rest line }
+        END { printf "%s%s", first, rest }'
+}
+
+# The hosts of this job, as the scheduler names them.
+ru_hosts() {
+    if [ -r "${SGE_JOB_HOSTLIST:-}" ]; then cat "$SGE_JOB_HOSTLIST"
+    elif [ -r "${PE_HOSTFILE:-}" ]; then cat "$PE_HOSTFILE"
+    else hostname
+    fi
+}
+
+# A plain script knows no modules before this file is read; neither is written for set -u.
+set +u
+if [ -r /etc/profile.d/modules.sh ]; then source /etc/profile.d/modules.sh; fi
+module load python/3.12 || { echo 'module python/3.12 could not be loaded: see module avail' >&2; exit 1; }
+module load cuda/12.4 || { echo 'module cuda/12.4 could not be loaded: see module avail' >&2; exit 1; }
+module load hpcx/2.20 || { echo 'module hpcx/2.20 could not be loaded: see module avail' >&2; exit 1; }
+set -u
+
+# What every rank runs.
+ru_command=(
+    .venv/bin/megatron-ru pretrain_gpt
+    --ru-variant rugpt3_13b
+    --data-path data/ru
+    --tokenizer-model data/ru.model
+    --split 990,10,0
+    --fp16
+    --use-distributed-optimizer
+    --global-batch-size 1024
+    --train-iters 1000
+    --lr 1e-4
+    --eval-interval 250
+    --eval-iters 10
+    --save runs/rugpt3_13b
+    --load runs/rugpt3_13b
+    --save-interval 250
+    --micro-batch-size 1
+    --tensor-model-parallel-size 4
+    --pipeline-model-parallel-size 8
+    --recompute-granularity full
+    --recompute-method uniform
+    --recompute-num-layers 1
+)
+
+ru_hostfile=$(mktemp)
+trap 'rm -f "$ru_hostfile"' EXIT
+ru_hosts | ru_with_slots 4 >"$ru_hostfile"
+
+MASTER_ADDR=$(ru_first_address bond0)
+MASTER_PORT=$(ru_free_port "$JOB_ID" "$MASTER_ADDR")
+export MASTER_ADDR MASTER_PORT
+
+ru_found=$(wc -l <"$ru_hostfile")
+if [ "$ru_found" -ne 8 ]; then
+    echo "this script is made for 8 nodes, and there are $ru_found: $(tr '\n' ' ' <"$ru_hostfile")" >&2
+    exit 1
+fi
+
+# Ranks on other hosts see only what is named here.
+ru_travels=()
+for ru_name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_ENV RU_ARRAY_INDEX; do
+    if [ -n "${!ru_name+set}" ]; then ru_travels+=(-x "$ru_name"); fi
+done
+
+# With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
+mpirun -np 32 -npernode 4 -hostfile "$ru_hostfile" --bind-to none \
+    -mca oob_tcp_keepalive_time 5 -mca oob_tcp_keepalive_intvl 2 -mca oob_tcp_keepalive_probes 3 \
+    "${ru_travels[@]}" \
+    bash -c 'export RANK="$OMPI_COMM_WORLD_RANK" WORLD_SIZE="$OMPI_COMM_WORLD_SIZE" LOCAL_RANK="$OMPI_COMM_WORLD_LOCAL_RANK" LOCAL_WORLD_SIZE="$OMPI_COMM_WORLD_LOCAL_SIZE"; exec "$@"' rank \
+    "${ru_command[@]}"

@@ -1,0 +1,86 @@
+#!/bin/bash
+# One task for each rank.
+# Ready to edit; rendered by `megatron-ru launch slurm --nodes 2 --time 24:00:00 --cpus-per-task 8 --name ru-7b3 -- COMMAND`.
+# Slurm: 2 nodes x 8 GPUs = 16 ranks, TP 2 x PP 1 x DP 8. To submit: sbatch FILE
+#SBATCH --job-name=ru-7b3
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --output=./slurm-%j.out
+#SBATCH --no-requeue
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+# shellcheck disable=SC1091,SC2016,SC2054
+set -euo pipefail
+
+# The first global IPv4 address of the interfaces named, else of any that leads out of this host, else what its name
+# stands for, else the name.
+ru_first_address() {
+    local interface address
+    for interface in "$@"; do
+        address=$(ip -4 -o addr show dev "$interface" scope global 2>/dev/null |
+            awk 'NR == 1 { sub(/\/.*/, "", $4); print $4 }') || true
+        if [ -n "$address" ]; then printf '%s\n' "$address"; return; fi
+    done
+    address=$(ip -4 -o addr show scope global 2>/dev/null |
+        awk '$2 !~ /^(docker|virbr|veth|br-)/ && !n++ { sub(/\/.*/, "", $4); print $4 }') || true
+    if [ -z "$address" ]; then
+        address=$(getent ahostsv4 "$(hostname)" 2>/dev/null | awk '$1 !~ /^127\./ && !n++ { print $1 }') || true
+    fi
+    printf '%s\n' "${address:-$(hostname)}"
+}
+
+# 10000 + job number mod 20000, below the ports that outgoing connections take; the next one where somebody listens.
+ru_free_port() {
+    local number=${1//[!0-9]/} port host tries
+    number=${number:0:15}
+    port=$((10000 + 10#${number:-0} % 20000))
+    for ((tries = 0; tries < 100; tries++)); do
+        for host in 127.0.0.1 "$2"; do
+            if timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "$host" "$port" 2>/dev/null; then
+                port=$((10000 + (port - 9999) % 20000))
+                continue 2
+            fi
+        done
+        printf '%s\n' "$port"
+        return
+    done
+    echo "100 ports up to $port are taken on $2: is something left over from another job?" >&2
+    return 1
+}
+
+# What every rank runs.
+ru_command=(
+    .venv/bin/megatron-ru pretrain_gpt
+    --ru-variant ru_7b3
+    --data-path data/ru
+    --tokenizer-model data/ru.model
+    --split 990,10,0
+    --tensor-model-parallel-size 2
+    --sequence-parallel
+    --use-distributed-optimizer
+    --bf16
+    --micro-batch-size 1
+    --global-batch-size 1024
+    --train-iters 1000
+    --lr 3e-4
+    --lr-decay-style cosine
+    --lr-warmup-fraction 0.01
+    --min-lr 3e-5
+    --eval-interval 250
+    --eval-iters 10
+    --save runs/ru_7b3
+    --load runs/ru_7b3
+    --save-interval 250
+    --ru-metrics runs/ru_7b3/metrics.jsonl
+)
+
+MASTER_ADDR=$(ru_first_address bond0)
+MASTER_PORT=$(ru_free_port "$SLURM_JOB_ID" "$MASTER_ADDR")
+export MASTER_ADDR MASTER_PORT
+
+# A rank that fails takes the others with it instead of leaving them waiting.
+export RU_LOCAL_SIZE=8
+srun --kill-on-bad-exit=1 --cpus-per-task=8 \
+    bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$RU_LOCAL_SIZE"; exec "$@"' rank \
+    "${ru_command[@]}"

@@ -1,0 +1,1 @@
+"""One renderer per target, found by scanning this package."""
