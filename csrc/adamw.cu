@@ -32,18 +32,6 @@ struct Settings {
   Dtype copy_dtype;
 };
 
-__device__ __forceinline__ int tensor_of(const Table& table, int block) {
-  int low = 0, high = table.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.first_block[middle] <= block)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // What all numbers of a step share, in fp32 after being computed in fp64: 1 - b2^t loses every digit in fp32.
 struct Factors {
   float decay, beta1, beta2, rest1, rest2, step_size, inverse_root, eps, gradient;

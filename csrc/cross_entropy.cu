@@ -104,7 +104,7 @@ struct RowGradient {
   int64_t target_column;  // -1 where it is elsewhere
 };
 
-// exp(lse) is exp(log_scale) times exp(reference).
+// exp(lse) is exp(reference) / inverse_exponentials.
 __device__ __forceinline__ RowGradient row_gradient(const CrossEntropy& call, int64_t row, float reference,
                                                     float inverse_exponentials, float lse) {
   const int64_t target = call.target[row];

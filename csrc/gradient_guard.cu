@@ -43,19 +43,6 @@ __device__ __forceinline__ bool is_nonfinite<BFloat16>(uint32_t magnitude) {
   return (magnitude & 0xffffu) >= 0x7f80u || (magnitude >> 16) >= 0x7f80u;
 }
 
-// The tensor that a block belongs to.
-__device__ __forceinline__ int tensor_of(const Table& table, int block) {
-  int low = 0, high = table.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.first_block[middle] <= block)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kBlock) scan_kernel(const __grid_constant__ Table table) {
   constexpr int kAhead = static_cast<int>(kChunk / 16 / kBlock);

@@ -150,6 +150,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// The tensor that a block belongs to, in a table of `count` tensors whose blocks begin at `first_block`.
+template <typename Table>
+__device__ __forceinline__ int tensor_of(const Table& table, int block) {
+  int low = 0, high = table.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (table.first_block[middle] <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
 // Programmatic dependent launch (compute capability 9.0): the blocks of a kernel take their places while the one before
 // drains. This waits until that one's results are visible, and lets the next kernel do the same as soon as every block
 // of this one has begun. Worth about 3 us a kernel on an H200.
