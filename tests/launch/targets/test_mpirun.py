@@ -8,7 +8,11 @@ import pytest
 
 from tests.launch.targets.scripts import render
 
-PRINT = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_PORT $*"; exit "$RANK"'
+# Rank 1 fails once rank 0 is done: at the first failure mpirun ends the others, printed or not.
+PRINT = (
+    'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_PORT $*"; '
+    'if [ "$RANK" = 0 ]; then touch "$DONE"; exit 0; fi; until [ -e "$DONE" ]; do sleep 0.1; done; sleep 1; exit 1'
+)
 
 
 def test_the_meeting_place_is_on_the_first_host_of_the_file(tmp_path):
@@ -37,12 +41,12 @@ def test_a_missing_hostfile_ends_it(tmp_path):
 @pytest.mark.skipif(
     not (Path(sys.executable).parent / "mpirun").exists() and shutil.which("mpirun") is None, reason="no Open MPI here"
 )
-def test_two_ranks_of_a_real_mpirun():
+def test_two_ranks_of_a_real_mpirun(tmp_path):
     text = render("mpirun", gpus_per_node=2, command=("bash", "-c", PRINT, "-", "a b", "$(c)")).text
     environ = {
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "DONE": str(tmp_path / "done"),
     }  # fmt: skip
     shown = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environ)
     assert shown.returncode == 1, shown.stderr
