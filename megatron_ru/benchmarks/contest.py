@@ -145,11 +145,11 @@ def _compete(place: Arena, contender: str, prepare: Prepare, measure_host: bool)
 
 def _timings(clock: Clock, place: Arena, sets: "_InputSets") -> dict[str, Any]:
     if not place.differentiable:
-        return {"forward": clock.measure(_Forward(sets), place.seconds)}
+        return {"forward": clock.measure(_InTurn(sets, sets.forward), place.seconds)}
     return {
-        "forward": clock.measure(_Forward(sets), 0.3 * place.seconds),
+        "forward": clock.measure(_InTurn(sets, sets.forward), 0.3 * place.seconds),
         "backward": clock.measure(_Backward(sets), 0.3 * place.seconds),
-        "both": clock.measure(_Both(sets), 0.4 * place.seconds),
+        "both": clock.measure(_InTurn(sets, sets.forward_and_backward), 0.4 * place.seconds),
     }
 
 
@@ -203,6 +203,14 @@ class _InputSets:
                 for leaf, value in zip(prepared.leaves, self.unspoiled, strict=True):
                     leaf.copy_(value)
 
+    def forward(self, number: int) -> object:
+        """The results of a set."""
+        return self.prepared[number].run()
+
+    def forward_and_backward(self, number: int) -> tuple[Tensor, ...]:
+        """The gradients of a set, from the beginning."""
+        return self.gradients(number, self.forward(number))
+
     def gradients(self, number: int, raw: object) -> tuple[Tensor, ...]:
         """Of the leaves of a set."""
         heads = [tensor for tensor in outputs(self.calls[number], raw) if tensor.requires_grad]
@@ -229,21 +237,20 @@ class _InputSets:
         if not self.place.differentiable:
             return [[] for _ in range(self.rotation)]
         if self.place.exact is not None:
-            pairs = [
+            return [
                 heads_and_upstream(self.calls[number], raw, self.prepared[number], self.place.exact)[1]
                 for number in range(self.rotation)
             ]
-        else:
-            heads = [tensor for tensor in outputs(self.calls[0], raw) if tensor.requires_grad]
-            pairs = [[_random_like(head) for head in heads] for _ in range(self.rotation)]
-        return [[tensor.clone() for tensor in one] for one in pairs]
+        heads = [tensor for tensor in outputs(self.calls[0], raw) if tensor.requires_grad]
+        return [[_random_like(head) for head in heads] for _ in range(self.rotation)]
 
 
-class _Forward:
-    """Forward calls, set after set."""
+class _InTurn:
+    """One act after another, set after set; `act` takes the number of a set, and its results are kept."""
 
-    def __init__(self, sets: _InputSets) -> None:
+    def __init__(self, sets: _InputSets, act: Callable[[int], object]) -> None:
         self._sets = sets
+        self._act = act
         self.rotation = sets.rotation
         self.most = 10**6
 
@@ -252,25 +259,7 @@ class _Forward:
         sets.restore()
 
         def step(number: int) -> Step:
-            return lambda: sets.kept.append(sets.prepared[number].run())
-
-        return [step(number) for number in sets.in_turn(count)]
-
-
-class _Both:
-    """Forward and backward, set after set."""
-
-    def __init__(self, sets: _InputSets) -> None:
-        self._sets = sets
-        self.rotation = sets.rotation
-        self.most = 10**6
-
-    def steps(self, count: int) -> Sequence[Step]:
-        sets = self._sets
-        sets.restore()
-
-        def step(number: int) -> Step:
-            return lambda: sets.kept.append(sets.gradients(number, sets.prepared[number].run()))
+            return lambda: sets.kept.append(self._act(number))
 
         return [step(number) for number in sets.in_turn(count)]
 
