@@ -128,9 +128,9 @@ __global__ void backward_kernel(const ActivationBackward call, int tiles) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (tile.row + r >= call.rows) continue;
-    dys[r] = load_streaming(static_cast<const T*>(call.dy) + (tile.row + r) * call.dy_stride + tile.column);
-    gates[r] = load_streaming(static_cast<const T*>(call.gate) + (tile.row + r) * call.gate_stride + tile.column);
-    if (kGated) ups[r] = load_streaming(static_cast<const T*>(call.up) + (tile.row + r) * call.up_stride + tile.column);
+    dys[r] = load_vector(static_cast<const T*>(call.dy) + (tile.row + r) * call.dy_stride + tile.column);
+    gates[r] = load_vector(static_cast<const T*>(call.gate) + (tile.row + r) * call.gate_stride + tile.column);
+    if (kGated) ups[r] = load_vector(static_cast<const T*>(call.up) + (tile.row + r) * call.up_stride + tile.column);
   }
   float gate_bias[N], up_bias[N];
   if (kBias) {

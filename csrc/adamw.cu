@@ -67,9 +67,9 @@ __device__ __forceinline__ void update(const Factors& f, float& p, float g, floa
 template <typename G>
 __device__ __forceinline__ float4 load_four(const G* address) {
   if constexpr (sizeof(G) == sizeof(float)) {
-    return __ldcs(reinterpret_cast<const float4*>(address));
+    return *reinterpret_cast<const float4*>(address);
   } else {
-    const uint2 raw = __ldcs(reinterpret_cast<const uint2*>(address));
+    const uint2 raw = *reinterpret_cast<const uint2*>(address);
     float out[4];
     Word<G>::unpack(raw.x, out);
     Word<G>::unpack(raw.y, out + 2);
@@ -83,9 +83,10 @@ __device__ __forceinline__ void store_copy(void* copy, int64_t at, const float4&
   *reinterpret_cast<uint2*>(static_cast<C*>(copy) + at) = make_uint2(Word<C>::pack(values), Word<C>::pack(values + 2));
 }
 
-// One chunk of a tensor whose pointers are aligned, or the rest of one.
+// One chunk of a tensor whose pointers are aligned, or the rest of one. One thread computes the factors, in fp64, while the
+// numbers of the chunk are on their way.
 template <typename G>
-__device__ __forceinline__ void update_chunk(const Table& table, const Settings& settings, const Factors& f, int chunk) {
+__device__ __forceinline__ void update_chunk(const Table& table, const Settings& settings, Factors& f, int chunk) {
   const int tensor = tensor_of(table, chunk);
   const int64_t begin = static_cast<int64_t>(chunk - table.first_block[tensor]) * kChunk;
   const int64_t size = min(static_cast<int64_t>(kChunk), table.sizes[tensor] - begin);
@@ -98,7 +99,12 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Settings&
   const auto is_aligned = [](const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; };
   const bool vector = size == kChunk && is_aligned(parameters, 16) && is_aligned(gradients, 4 * sizeof(G)) &&
                       is_aligned(first_moments, 16) && is_aligned(second_moments, 16) && is_aligned(copies, 8);
+  const auto compute_factors = [&] {
+    if (threadIdx.x == 0) f = factors(settings);
+    __syncthreads();
+  };
   if (!vector) {
+    compute_factors();
     for (int i = threadIdx.x; i < size; i += kBlock) {
       float p = parameters[i], m = first_moments[i], v = second_moments[i];
       update(f, p, to_float(gradients[i]), m, v);
@@ -114,17 +120,18 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Settings&
     return;
   }
   const int at = threadIdx.x * 4;
-  float4 p = __ldcs(reinterpret_cast<const float4*>(parameters + at));
+  float4 p = *reinterpret_cast<const float4*>(parameters + at);
   const float4 g = load_four(gradients + at);
-  float4 m = __ldcs(reinterpret_cast<const float4*>(first_moments + at));
-  float4 v = __ldcs(reinterpret_cast<const float4*>(second_moments + at));
+  float4 m = *reinterpret_cast<const float4*>(first_moments + at);
+  float4 v = *reinterpret_cast<const float4*>(second_moments + at);
+  compute_factors();
   update(f, p.x, g.x, m.x, v.x);
   update(f, p.y, g.y, m.y, v.y);
   update(f, p.z, g.z, m.z, v.z);
   update(f, p.w, g.w, m.w, v.w);
-  __stcs(reinterpret_cast<float4*>(parameters + at), p);
-  __stcs(reinterpret_cast<float4*>(first_moments + at), m);
-  __stcs(reinterpret_cast<float4*>(second_moments + at), v);
+  *reinterpret_cast<float4*>(parameters + at) = p;
+  *reinterpret_cast<float4*>(first_moments + at) = m;
+  *reinterpret_cast<float4*>(second_moments + at) = v;
   if (copies == nullptr) return;
   if (settings.copy_dtype == Dtype::kBFloat16)
     store_copy<BFloat16>(copies, begin + at, p);
@@ -139,8 +146,6 @@ __global__ void __launch_bounds__(kBlock) adamw_kernel(const __grid_constant__ T
   __shared__ Factors shared;
   follow_previous_kernel();
   if (settings.found_inf != nullptr && *settings.found_inf != 0.0f) return;
-  if (threadIdx.x == 0) shared = factors(settings);
-  __syncthreads();
   update_chunk<G>(table, settings, shared, blockIdx.x);
 }
 

@@ -1054,6 +1054,46 @@ std::tuple<Tensor, Tensor> cross_entropy_one_pass(const Tensor& logits, const Te
   return {loss, gradient};
 }
 
+// 1 / the number of rows that count, as a scalar, wide.
+Tensor cross_entropy_share(const Tensor& logits, const Tensor& target, int64_t ignore_index) {
+  if (!logits.is_cuda()) return target.ne(ignore_index).sum(wide_type(logits)).reciprocal_();
+  CrossEntropyInputs in = cross_entropy_inputs(logits, target, false);
+  Tensor share = at::empty({}, logits.options().dtype(wide_type(logits)));
+  in.call.ignore_index = ignore_index;
+  in.call.share = share.mutable_data_ptr();
+  MEGATRON_RU_LAUNCH(logits, cross_entropy_share_cuda, in.call);
+  return share;
+}
+
+Tensor cross_entropy_mean_of(const Tensor& loss, const Tensor& share) {
+  if (!loss.is_cuda()) return loss.sum().mul_(share);
+  Tensor mean = at::empty({}, loss.options());
+  CrossEntropy call{};
+  call.rows = loss.numel();
+  call.loss = loss.mutable_data_ptr();
+  call.share = share.mutable_data_ptr();
+  call.mean = mean.mutable_data_ptr();
+  MEGATRON_RU_LAUNCH(loss, cross_entropy_mean_cuda, call);
+  return mean;
+}
+
+// The mean over the rows that count, and its gradient times `expected`.
+std::tuple<Tensor, Tensor> cross_entropy_one_pass_mean(const Tensor& logits, const Tensor& target,
+                                                       const optional<Tensor>& expected, int64_t ignore_index,
+                                                       double label_smoothing, double z_loss) {
+  const c10::DeviceGuard guard(logits.device());
+  const Tensor share = cross_entropy_share(logits, target, ignore_index);
+  Tensor gradient = contiguous_like(logits);
+  const Tensor loss = run_cross_entropy_one_pass(logits, target, present(expected) ? expected->mul(share) : share, ignore_index,
+                                                 label_smoothing, z_loss, false, gradient);
+  return {cross_entropy_mean_of(loss, share), gradient};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_one_pass_mean_meta(const Tensor& logits, const Tensor&, const optional<Tensor>&,
+                                                            int64_t, double, double) {
+  return {at::empty_symint({}, logits.options().dtype(wide_type(logits))), contiguous_like(logits)};
+}
+
 Tensor loss_like(const Tensor& logits, const Tensor& target) {
   return at::empty_symint(target.sym_sizes(), logits.options().dtype(wide_type(logits)));
 }
@@ -1111,12 +1151,21 @@ Tensor cross_entropy_loss(const Tensor& logits, const Tensor& target, const opti
   return std::get<0>(loss_and_lse(logits, target, ignore_index, label_smoothing, z_loss));
 }
 
-// The gradient is written in the forward, which knows what it will be multiplied with, or believes so.
-struct OnePassFunction : torch::autograd::Function<OnePassFunction> {
+Tensor cross_entropy_mean_loss(const Tensor& logits, const Tensor& target, const optional<Tensor>&, int64_t ignore_index,
+                               double label_smoothing, double z_loss) {
+  const Tensor loss = std::get<0>(loss_and_lse(logits, target, ignore_index, label_smoothing, z_loss));
+  return loss.sum().mul(target.ne(ignore_index).sum(loss.scalar_type()).reciprocal());
+}
+
+// The gradient is written in the forward, which knows what it will be multiplied with, or believes so. With kMean the
+// mean is part of the op, and the factor is that of the mean.
+template <bool kMean>
+struct OnePassFunction : torch::autograd::Function<OnePassFunction<kMean>> {
   static Tensor forward(AutogradContext* context, const Tensor& logits, const Tensor& target,
                         const optional<Tensor>& expected, int64_t ignore_index, double label_smoothing, double z_loss) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = operator_named<decltype(cross_entropy_one_pass)>("megatron_ru::cross_entropy_one_pass");
+    static const auto op = operator_named<decltype(cross_entropy_one_pass)>(
+        kMean ? "megatron_ru::cross_entropy_one_pass_mean" : "megatron_ru::cross_entropy_one_pass");
     auto [loss, gradient] = op.call(logits, target, expected, ignore_index, label_smoothing, z_loss);
     context->save_for_backward({gradient, present(expected) ? *expected : Tensor()});
     return loss;
@@ -1158,11 +1207,19 @@ struct TwoPassFunction : torch::autograd::Function<TwoPassFunction> {
 Tensor cross_entropy_autograd(const Tensor& logits, const Tensor& target, const optional<Tensor>& expected,
                               int64_t ignore_index, double label_smoothing, double z_loss, bool one_pass) {
   if (records(logits)) {
-    if (one_pass) return OnePassFunction::apply(logits, target, expected, ignore_index, label_smoothing, z_loss);
+    if (one_pass) return OnePassFunction<false>::apply(logits, target, expected, ignore_index, label_smoothing, z_loss);
     return TwoPassFunction::apply(logits, target, ignore_index, label_smoothing, z_loss);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return std::get<0>(loss_and_lse(logits, target, ignore_index, label_smoothing, z_loss));
+}
+
+Tensor cross_entropy_mean_autograd(const Tensor& logits, const Tensor& target, const optional<Tensor>& expected,
+                                   int64_t ignore_index, double label_smoothing, double z_loss) {
+  if (records(logits))
+    return OnePassFunction<true>::apply(logits, target, expected, ignore_index, label_smoothing, z_loss);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return cross_entropy_mean_loss(logits, target, expected, ignore_index, label_smoothing, z_loss);
 }
 
 // --------------------------------------------------------------------------------------------------- gradient guard
@@ -1357,6 +1414,10 @@ TORCH_LIBRARY(megatron_ru, m) {
         "float label_smoothing, float z_loss, bool one_pass) -> Tensor");
   m.def("cross_entropy_one_pass(Tensor logits, Tensor target, Tensor? expected_gradient, int ignore_index, "
         "float label_smoothing, float z_loss) -> (Tensor, Tensor)");
+  m.def("cross_entropy_mean(Tensor logits, Tensor target, Tensor? expected_gradient, int ignore_index, "
+        "float label_smoothing, float z_loss) -> Tensor");
+  m.def("cross_entropy_one_pass_mean(Tensor logits, Tensor target, Tensor? expected_gradient, int ignore_index, "
+        "float label_smoothing, float z_loss) -> (Tensor, Tensor)");
   m.def("cross_entropy_gradient_(Tensor(a!) logits, Tensor target, Tensor? expected_gradient, int ignore_index, "
         "float label_smoothing, float z_loss) -> Tensor");
   m.def("cross_entropy_rescale_(Tensor(a!) gradient, Tensor loss_gradient, Tensor? expected_gradient) -> ()");
@@ -1388,6 +1449,7 @@ void implement_kernels(torch::Library& m) {
   m.impl("glu", glu_forward);
   m.impl("glu_backward", glu_backward);
   m.impl("cross_entropy_one_pass", cross_entropy_one_pass);
+  m.impl("cross_entropy_one_pass_mean", cross_entropy_one_pass_mean);
   m.impl("cross_entropy_gradient_", cross_entropy_gradient_in_place);
   m.impl("cross_entropy_rescale_", cross_entropy_rescale);
   m.impl("cross_entropy_statistics", cross_entropy_statistics);
@@ -1415,6 +1477,7 @@ TORCH_LIBRARY_IMPL(megatron_ru, Meta, m) {
   m.impl("glu", glu_meta);
   m.impl("glu_backward", glu_backward_meta);
   m.impl("cross_entropy_one_pass", cross_entropy_one_pass_meta);
+  m.impl("cross_entropy_one_pass_mean", cross_entropy_one_pass_mean_meta);
   m.impl("cross_entropy_gradient_", cross_entropy_gradient_in_place_meta);
   m.impl("cross_entropy_rescale_", cross_entropy_rescale_meta);
   m.impl("cross_entropy_statistics", cross_entropy_statistics_meta);
@@ -1443,6 +1506,7 @@ TORCH_LIBRARY_IMPL(megatron_ru, CompositeExplicitAutograd, m) {
   m.impl("layer_norm", BelowAutograd<layer_norm>::call);
   m.impl("add_layer_norm", BelowAutograd<add_layer_norm>::call);
   m.impl("cross_entropy", cross_entropy_loss);
+  m.impl("cross_entropy_mean", cross_entropy_mean_loss);
 }
 
 TORCH_LIBRARY_IMPL(megatron_ru, Autograd, m) {
@@ -1456,10 +1520,11 @@ TORCH_LIBRARY_IMPL(megatron_ru, Autograd, m) {
   m.impl("activation_saving", activation_autograd<true>);
   m.impl("glu", glu_autograd);
   m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("cross_entropy_mean", cross_entropy_mean_autograd);
   // The rest has no gradient: asking for one is an error, not a silent zero.
   for (const char* name :
        {"norm_forward", "norm_backward", "rope_qk_", "activation_backward", "activation_backward_", "glu_backward",
-        "cross_entropy_one_pass", "cross_entropy_gradient_", "cross_entropy_rescale_", "cross_entropy_statistics",
+        "cross_entropy_one_pass", "cross_entropy_one_pass_mean", "cross_entropy_gradient_", "cross_entropy_rescale_", "cross_entropy_statistics",
         "cross_entropy_merge", "cross_entropy_backward", "cross_entropy_backward_", "zero_nonfinite_", "adamw_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
 }

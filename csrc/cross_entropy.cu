@@ -135,12 +135,12 @@ __device__ __forceinline__ void to_gradient(const RowGradient& g, int64_t column
 }
 
 // kCount columns at once where they are aligned, else one.
-template <typename T, int kCount>
+template <typename T, int kCount, bool kStreaming = false>
 __device__ __forceinline__ void load_columns(const T* address, float (&x)[kCount]) {
   if constexpr (kCount == 1)
     x[0] = to_float(*address);
   else
-    unpack<T>(load_streaming(address), x);
+    unpack<T>(kStreaming ? load_streaming(address) : load_vector(address), x);
 }
 
 template <typename T, int kCount>
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kOnePassThreads, kOnePassBlocks) one_pass_kern
 #pragma unroll
   for (int i = 0; i < kInRegisters; ++i) {
     const int v = threadIdx.x + i * block;
-    if (v < vectors) held[i] = load_streaming(logits + v * N);
+    if (v < vectors) held[i] = load_vector(logits + v * N);
   }
   for (int v = beyond; v < vectors; v += block) copy_in_background(own_shared + v, logits + v * N);
   end_group_of_copies();
@@ -419,13 +419,13 @@ __global__ void statistics_kernel(const CrossEntropy call) {
   for (; c + (kStatisticsAhead - 1) * step < call.columns; c += kStatisticsAhead * step) {
     float x[kStatisticsAhead][kCount];
 #pragma unroll
-    for (int a = 0; a < kStatisticsAhead; ++a) load_columns<T, kCount>(logits + c + a * step, x[a]);
+    for (int a = 0; a < kStatisticsAhead; ++a) load_columns<T, kCount, true>(logits + c + a * step, x[a]);
 #pragma unroll
     for (int a = 0; a < kStatisticsAhead; ++a) add_to<kTotal>(found, x[a]);
   }
   for (; c < call.columns; c += step) {
     float x[kCount];
-    load_columns<T, kCount>(logits + c, x);
+    load_columns<T, kCount, true>(logits + c, x);
     add_to<kTotal>(found, x);
   }
   found = block_merge<kTotal>(found);
@@ -485,25 +485,78 @@ __global__ void backward_kernel(const CrossEntropy call, int tiles) {
   }
 }
 
+// A block looks at the factors of its rows at once: nearly always there is nothing to do, and with a row to a block that
+// took 10 us for 8192 rows.
+constexpr int kMostRowsOfBlock = 32;
+
 template <typename T, int kCount>
-__global__ void rescale_kernel(const CrossEntropy call) {
-  const int64_t row = blockIdx.x;
+__global__ void rescale_kernel(const CrossEntropy call, int rows_of_block) {
+  __shared__ float ratios[kMostRowsOfBlock];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_of_block;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(rows_of_block), call.rows - first));
   follow_previous_kernel();
-  const auto factor = [row](const void* factors, int64_t stride) {
-    return factors == nullptr ? 1.0f : static_cast<const float*>(factors)[row * stride];
-  };
-  const float wanted = factor(call.loss_gradient, call.loss_gradient_stride);
-  const float written = factor(call.expected, call.expected_stride);
-  if (wanted == written) return;
-  const float ratio = wanted / written;
-  T* gradient = static_cast<T*>(call.gradient) + row * call.gradient_stride;
-  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kCount; c < call.columns; c += static_cast<int64_t>(blockDim.x) * kCount) {
-    float x[kCount];
-    load_columns<T, kCount>(gradient + c, x);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] *= ratio;
-    store_columns<T, kCount>(gradient + c, x);
+  bool differs = false;
+  if (static_cast<int>(threadIdx.x) < rows) {
+    const auto factor = [row = first + threadIdx.x](const void* factors, int64_t stride) {
+      return factors == nullptr ? 1.0f : static_cast<const float*>(factors)[row * stride];
+    };
+    const float wanted = factor(call.loss_gradient, call.loss_gradient_stride);
+    const float written = factor(call.expected, call.expected_stride);
+    differs = wanted != written;
+    ratios[threadIdx.x] = differs ? wanted / written : 1.0f;
   }
+  if (!__syncthreads_or(differs)) return;
+  for (int r = 0; r < rows; ++r) {
+    const float ratio = ratios[r];
+    // Other rows stay as they are, an infinity times 1 included.
+    if (ratio == 1) continue;
+    T* gradient = static_cast<T*>(call.gradient) + (first + r) * call.gradient_stride;
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kCount; c < call.columns; c += static_cast<int64_t>(blockDim.x) * kCount) {
+      float x[kCount];
+      load_columns<T, kCount>(gradient + c, x);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] *= ratio;
+      store_columns<T, kCount>(gradient + c, x);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- the mean
+
+// The sum over one block, in the order of threads and warps.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float warps[kWarp];
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  return warp_sum(threadIdx.x % kWarp < blockDim.x / kWarp ? warps[threadIdx.x % kWarp] : 0.0f);
+}
+
+// One block each, a number or two a thread: their time is that of a start.
+__global__ void share_kernel(const CrossEntropy call) {
+  follow_previous_kernel();
+  // As an integer: a sum in fp32 would stop at 2^24.
+  unsigned long long count = 0;
+#pragma unroll 8
+  for (int64_t row = threadIdx.x; row < call.rows; row += blockDim.x) count += call.target[row] != call.ignore_index;
+  __shared__ unsigned long long all;
+  if (threadIdx.x == 0) all = 0;
+  __syncthreads();
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) count += __shfl_xor_sync(0xffffffffu, count, offset);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&all, count);
+  __syncthreads();
+  if (threadIdx.x == 0) *static_cast<float*>(call.share) = 1.0f / static_cast<float>(all);
+}
+
+__global__ void mean_kernel(const CrossEntropy call) {
+  follow_previous_kernel();
+  const float* loss = static_cast<const float*>(call.loss);
+  float sum = 0;
+#pragma unroll 8
+  for (int64_t row = threadIdx.x; row < call.rows; row += blockDim.x) sum += loss[row];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *static_cast<float*>(call.mean) = sum * *static_cast<const float*>(call.share);
 }
 
 }  // namespace
@@ -577,9 +630,20 @@ const char* run_backward(const CrossEntropy& call, Stream stream) {
 
 template <typename T, int kCount>
 const char* run_rescale(const CrossEntropy& call, Stream stream) {
-  LaunchShape at{dim3(blocks(call.rows)), dim3(threads_for(ceil_div(call.columns, kCount), kBlock))};
+  // Enough blocks for the whole device, should all rows need it.
+  const int64_t wanted = std::max<int64_t>(1, call.rows / (4 * device().multiprocessors));
+  const int rows_of_block = static_cast<int>(std::min<int64_t>(kMostRowsOfBlock, wanted));
+  LaunchShape at{dim3(blocks(ceil_div(call.rows, rows_of_block))),
+                 dim3(std::max(kWarp, threads_for(ceil_div(call.columns, kCount), 2 * kBlock)))};
   at.overlaps_previous = true;
-  return launch(at, stream, rescale_kernel<T, kCount>, call);
+  return launch(at, stream, rescale_kernel<T, kCount>, call, rows_of_block);
+}
+
+const char* run_alone(void (*kernel)(CrossEntropy), const CrossEntropy& call, Stream stream) {
+  LaunchShape at{dim3(1), dim3(threads_for(call.rows, 1024))};
+  at.block.x = std::max(kWarp, static_cast<int>(at.block.x));
+  at.overlaps_previous = true;
+  return launch(at, stream, kernel, call);
 }
 
 }  // namespace
@@ -619,6 +683,10 @@ const char* cross_entropy_rescale_cuda(const CrossEntropy& call, Stream stream) 
   });
 }
 
+const char* cross_entropy_share_cuda(const CrossEntropy& call, Stream stream) { return run_alone(share_kernel, call, stream); }
+
+const char* cross_entropy_mean_cuda(const CrossEntropy& call, Stream stream) { return run_alone(mean_kernel, call, stream); }
+
 }  // namespace megatron_ru
 
 #else
@@ -628,6 +696,6 @@ template __global__ void megatron_ru::one_pass_kernel<megatron_ru::BFloat16, tru
 template __global__ void megatron_ru::one_pass_any_kernel<megatron_ru::Half, 1, false>(const megatron_ru::CrossEntropy);
 template __global__ void megatron_ru::statistics_kernel<float, 4, true>(const megatron_ru::CrossEntropy);
 template __global__ void megatron_ru::backward_kernel<megatron_ru::BFloat16, 8>(const megatron_ru::CrossEntropy, int);
-template __global__ void megatron_ru::rescale_kernel<megatron_ru::BFloat16, 8>(const megatron_ru::CrossEntropy);
+template __global__ void megatron_ru::rescale_kernel<megatron_ru::BFloat16, 8>(const megatron_ru::CrossEntropy, int);
 
 #endif

@@ -60,8 +60,8 @@ __global__ void rope_kernel(const Rope call, int turning, int slices, int lanes)
     if (head >= heads) continue;
     const Head at = find_head(call, sequence, batch, head);
     const T* in = static_cast<const T*>(at.which == 1 ? call.in[1] : call.in[0]) + at.in + channel;
-    raw[h] = load_streaming(in);
-    if (!kInterleaved && turns) other[h] = load_streaming(in + partner);
+    raw[h] = load_vector(in);
+    if (!kInterleaved && turns) other[h] = load_vector(in + partner);
   }
 
   float cosine[kAngles], sine[kAngles];
@@ -99,7 +99,7 @@ __global__ void rope_kernel(const Rope call, int turning, int slices, int lanes)
     const Head at = find_head(call, sequence, batch, head);
     T* out = static_cast<T*>(at.which == 1 ? call.out[1] : call.out[0]) + at.out + channel;
     if (!turns) {
-      store_streaming(out, raw[h]);
+      store_vector(out, raw[h]);
       continue;
     }
     float a[N];
@@ -120,9 +120,9 @@ __global__ void rope_kernel(const Rope call, int turning, int slices, int lanes)
         a[i] = first * cosine[i] - second * sine[i];
         b[i] = second * cosine[i] + first * sine[i];
       }
-      store_streaming(out + partner, pack<T>(b));
+      store_vector(out + partner, pack<T>(b));
     }
-    store_streaming(out, pack<T>(a));
+    store_vector(out, pack<T>(a));
   }
 }
 

@@ -172,6 +172,10 @@ struct CrossEntropy {
   // Rescaling: what the gradient was multiplied with when it was written; null stands for ones.
   const void* expected;
   int64_t expected_stride;
+
+  // The mean over the rows that count: share is a scalar, 1 / their number, and mean = share * sum of loss.
+  void* share;  // wide
+  void* mean;   // wide
 };
 
 const char* cross_entropy_statistics_cuda(const CrossEntropy& call, Stream stream);  // logits -> statistics
@@ -180,6 +184,8 @@ const char* cross_entropy_backward_cuda(const CrossEntropy& call, Stream stream)
 const char* cross_entropy_one_pass_cuda(const CrossEntropy& call, Stream stream);    // logits -> loss, gradient (lse: null)
 // gradient *= loss_gradient / expected, row by row; a row whose two factors are equal is not touched.
 const char* cross_entropy_rescale_cuda(const CrossEntropy& call, Stream stream);
+const char* cross_entropy_share_cuda(const CrossEntropy& call, Stream stream);  // target -> share
+const char* cross_entropy_mean_cuda(const CrossEntropy& call, Stream stream);   // loss, share -> mean
 
 void cross_entropy_statistics_cpu(const CrossEntropy& call, int64_t first_row, int64_t last_row);
 void cross_entropy_merge_cpu(const CrossEntropy& call, int64_t first_row, int64_t last_row);

@@ -39,6 +39,15 @@ def samples() -> tuple[Sample, ...]:
         _sample("both, mean", (9,), 130, reduction="mean", **both),
         _sample("sum", (9,), 130, reduction="sum"),
         _sample("mean of those that count", (4, 5), 33, ignored=(1, 7, 19), reduction="mean"),
+        # More rows than blocks or threads look at one by one.
+        _sample("mean of thousands", (5000,), 11, ignored=(1, 7, 19), reduction="mean"),
+        _sample(
+            "thousands of rows, each multiplied again",
+            (5000,),
+            11,
+            expected=lambda: torch.linspace(0.5, 2, 5000),
+            gradient_ulps=1,
+        ),
         _sample("ignored targets", (4, 5), 33, ignored=(0, 8), **both),
         _sample("ignored id inside the vocabulary", (12,), 5, ignore_index=3, **both),
         _sample("two passes", (6,), 100, one_pass=False),

@@ -56,6 +56,7 @@ def cross_entropy_settings(name, dtype):
     settings = (-100, 0.1, 1e-3)
     return {
         "cross_entropy": [(logits, target, None, *settings, False), (logits, target, None, *settings, True)],
+        "cross_entropy_mean": [(logits, target, None, *settings), (logits, target, upstream[0, 0], *settings)],
         "cross_entropy_gradient_": [
             (plain.clone(), target, None, *settings),
             (plain.clone(), target, upstream, *settings),
@@ -93,8 +94,8 @@ MAKERS = {
     **dict.fromkeys(("activation", "activation_saving"), activation),
     "glu": lambda name, dtype: [(rows(3, 5, dtype=dtype), rows(3, 5, seed=1, dtype=dtype), 4)],
     **dict.fromkeys(
-        ("cross_entropy", "cross_entropy_gradient_", "cross_entropy_rescale_", "cross_entropy_statistics",
-         "cross_entropy_merge", "cross_entropy_backward", "cross_entropy_backward_"),
+        ("cross_entropy", "cross_entropy_mean", "cross_entropy_gradient_", "cross_entropy_rescale_",
+         "cross_entropy_statistics", "cross_entropy_merge", "cross_entropy_backward", "cross_entropy_backward_"),
         cross_entropy_settings,
     ),
     **dict.fromkeys(("zero_nonfinite_", "adamw_"), lists),

@@ -36,6 +36,13 @@ def test_torch_s_own_function(reduction, label_smoothing):
     torch.testing.assert_close(found_gradient, torch.autograd.grad(expected.sum(), logits)[0], rtol=1e-4, atol=1e-6)
 
 
+def test_a_mean_without_a_graph_is_that_of_one_with():
+    logits, target = sample()
+    with torch.no_grad():
+        found = cross_entropy(logits, target, reduction="mean")
+    torch.testing.assert_close(found, cross_entropy(logits, target, reduction="mean").detach(), rtol=1e-6, atol=0)
+
+
 def test_z_loss_pulls_the_normaliser_to_one():
     logits, target = sample()
     found = cross_entropy(logits, target, z_loss=0.5)

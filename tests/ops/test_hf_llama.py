@@ -100,7 +100,7 @@ def test_loss_logits_and_gradients_are_the_unpatched_ones(ops, whole_process):
         ("activation", {"glu": 2, "glu_backward": 2}),
         # Queries and keys together, forward and backward.
         ("rope", {"rope_qk": 4}),
-        ("cross_entropy", {"cross_entropy_one_pass": 1}),
+        ("cross_entropy", {"cross_entropy_one_pass_mean": 1}),
         ("none", {}),
     ],
 )
