@@ -6,12 +6,13 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format ops clean venv venv-demo
+.PHONY: help demo test test-slow test-schedulers lint format ops clean venv venv-demo
 
 help:
 	@echo "make demo       text to a trained Russian model on this machine, in minutes"
 	@echo "make test       lint, types and the tests that take seconds"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-schedulers  real Slurm, Grid Engine and Open MPI on hosts of this machine; root on Debian, minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, which rewrites files"
 	@echo "make ops        compiles the ops again where sources changed (MEGATRON_RU_BUILD=cuda: for a GPU too)"
@@ -23,10 +24,14 @@ demo: venv-demo
 # The tests run even where lint complains, and their closing line comes last.
 test: venv
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -m "not slow and not hosts" || status=1; exit $$status
+	$(BIN)/python -m pytest -m "not slow and not hosts and not schedulers" || status=1; exit $$status
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "slow and not hosts"
+	$(BIN)/python -m pytest -m "slow and not hosts and not schedulers"
+
+# Installs by apt what is missing; skips, and says so, where that or a namespace cannot be had.
+test-schedulers: venv
+	$(BIN)/python -m pytest tests/schedulers
 
 lint: venv
 	$(BIN)/ruff check .

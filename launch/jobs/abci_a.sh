@@ -1,6 +1,6 @@
 #!/bin/bash
-# USR1 reaches the ranks five minutes before the limit.
-# Ready to edit; rendered by `megatron-ru launch abci-a --nodes 4 --time 32:00:00 --group gaa50000 --name ru-7b3 --modules python/3.12 cuda/12.4 hpcx/2.20 --signal USR1 --env NCCL_DEBUG=WARN -- COMMAND`.
+# USR1 five minutes before the limit: the ranks save, and the job goes back into the queue, 20 times at most.
+# Ready to edit; rendered by `megatron-ru launch abci-a --nodes 4 --time 32:00:00 --group gaa50000 --name ru-7b3 --modules python/3.12 cuda/12.4 hpcx/2.20 --virtual-environment .venv --signal USR1 --requeue --retries 20 --env NCCL_DEBUG=WARN -- COMMAND`.
 # ABCI A nodes, 8 A100 each: 4 nodes x 8 GPUs = 32 ranks, TP 2 x PP 1 x DP 16. To submit: qsub -g gaa50000 FILE
 #$ -cwd
 #$ -N ru-7b3
@@ -8,7 +8,7 @@
 #$ -l h_rt=32:00:00
 #$ -j y
 #$ -o ./
-#$ -r n
+#$ -r y
 #$ -l s_rt=31:55:00
 # shellcheck disable=SC1091,SC2016,SC2054
 set -euo pipefail
@@ -78,12 +78,16 @@ module load cuda/12.4 || { echo 'module cuda/12.4 could not be loaded: see modul
 module load hpcx/2.20 || { echo 'module hpcx/2.20 could not be loaded: see module avail' >&2; exit 1; }
 set -u
 
+set +u
+source .venv/bin/activate
+set -u
+
 # Variables of every rank.
 export NCCL_DEBUG=WARN
 
 # What every rank runs.
 ru_command=(
-    .venv/bin/megatron-ru pretrain_gpt
+    megatron-ru pretrain_gpt
     --ru-variant ru_7b3
     --data-path data/ru
     --tokenizer-model data/ru.model
@@ -106,6 +110,14 @@ ru_command=(
     --save-interval 250
     --ru-metrics runs/ru_7b3/metrics.jsonl
 )
+
+# What runs guard and keepers.
+ru_python=python3
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: name an environment that holds it with --virtual-environment FOLDER, or say --no-guard" >&2
+    exit 2
+fi
 
 # It comes to this shell too, which would end by it; mpirun passes it on to the ranks.
 trap : USR1
@@ -131,8 +143,37 @@ for ru_name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_E
 done
 
 # With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
-mpirun -np 32 -npernode 8 -hostfile "$ru_hostfile" --bind-to none \
+"$ru_python" -m megatron_ru guard --job "$JOB_ID" --address "$MASTER_ADDR" --retries 20 -- \
+    mpirun -np 32 -npernode 8 \
+    -hostfile "$ru_hostfile" --bind-to none \
     -mca oob_tcp_keepalive_time 5 -mca oob_tcp_keepalive_intvl 2 -mca oob_tcp_keepalive_probes 3 \
-    "${ru_travels[@]}" \
+    "${ru_travels[@]}" -x RU_GUARD -x RU_GUARD_JOB -x RU_ATTEMPT \
     bash -c 'export RANK="$OMPI_COMM_WORLD_RANK" WORLD_SIZE="$OMPI_COMM_WORLD_SIZE" LOCAL_RANK="$OMPI_COMM_WORLD_LOCAL_RANK" LOCAL_WORLD_SIZE="$OMPI_COMM_WORLD_LOCAL_SIZE"; exec "$@"' rank \
-    "${ru_command[@]}"
+    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+
+# Grid Engine would take a job back at code 99, and hold it at 100, whatever a rank meant by them.
+if [ "$ru_code" -eq 99 ] || [ "$ru_code" -eq 100 ]; then ru_code=1; fi
+
+# 75: saved at a signal, or ended by the guard, and worth another start. Grid Engine takes a job back at code 99.
+ru_count=./.ru-7b3.requeues.$JOB_ID.${SGE_TASK_ID:-}
+if [ "$ru_code" -eq 75 ]; then
+    ru_times=$(tr -dc 0-9 2>/dev/null <"$ru_count" || true)
+    ru_times=${ru_times:-0}
+    if [ "$ru_times" -lt 20 ]; then
+        printf '%s\n' "$((ru_times + 1))" >"$ru_count.new"
+        mv "$ru_count.new" "$ru_count"
+        echo "back into the queue, for time $((ru_times + 1)) of at most 20" >&2
+        exit 99
+    fi
+fi
+rm -f "$ru_count"
+exit "$ru_code"

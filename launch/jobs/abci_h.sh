@@ -1,6 +1,6 @@
 #!/bin/bash
 # The queue is rt_HF, whole nodes.
-# Ready to edit; rendered by `megatron-ru launch abci-h --nodes 2 --time 24:00:00 --group gaa50000 --name ru-7b3 --modules python/3.12 cuda/12.6 hpcx/2.20 -- COMMAND`.
+# Ready to edit; rendered by `megatron-ru launch abci-h --nodes 2 --time 24:00:00 --group gaa50000 --name ru-7b3 --modules python/3.12 cuda/12.6 hpcx/2.20 --virtual-environment .venv -- COMMAND`.
 # ABCI H nodes, 8 H200 each: 2 nodes x 8 GPUs = 16 ranks, TP 2 x PP 1 x DP 8. To submit: qsub FILE
 #PBS -P gaa50000
 #PBS -q rt_HF
@@ -78,9 +78,13 @@ module load cuda/12.6 || { echo 'module cuda/12.6 could not be loaded: see modul
 module load hpcx/2.20 || { echo 'module hpcx/2.20 could not be loaded: see module avail' >&2; exit 1; }
 set -u
 
+set +u
+source .venv/bin/activate
+set -u
+
 # What every rank runs.
 ru_command=(
-    .venv/bin/megatron-ru pretrain_gpt
+    megatron-ru pretrain_gpt
     --ru-variant ru_7b3
     --data-path data/ru
     --tokenizer-model data/ru.model
@@ -104,6 +108,14 @@ ru_command=(
     --ru-metrics runs/ru_7b3/metrics.jsonl
 )
 
+# What runs guard and keepers.
+ru_python=python3
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: name an environment that holds it with --virtual-environment FOLDER, or say --no-guard" >&2
+    exit 2
+fi
+
 ru_hostfile=$(mktemp)
 trap 'rm -f "$ru_hostfile"' EXIT
 ru_hosts | ru_with_slots 8 >"$ru_hostfile"
@@ -125,8 +137,20 @@ for ru_name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_E
 done
 
 # With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
-mpirun -np 16 -npernode 8 -hostfile "$ru_hostfile" --bind-to none \
+"$ru_python" -m megatron_ru guard --job "${PBS_JOBID%%[!0-9]*}" --address "$MASTER_ADDR" -- \
+    mpirun -np 16 -npernode 8 \
+    -hostfile "$ru_hostfile" --bind-to none \
     -mca oob_tcp_keepalive_time 5 -mca oob_tcp_keepalive_intvl 2 -mca oob_tcp_keepalive_probes 3 \
-    "${ru_travels[@]}" \
+    "${ru_travels[@]}" -x RU_GUARD -x RU_GUARD_JOB -x RU_ATTEMPT \
     bash -c 'export RANK="$OMPI_COMM_WORLD_RANK" WORLD_SIZE="$OMPI_COMM_WORLD_SIZE" LOCAL_RANK="$OMPI_COMM_WORLD_LOCAL_RANK" LOCAL_WORLD_SIZE="$OMPI_COMM_WORLD_LOCAL_SIZE"; exec "$@"' rank \
-    "${ru_command[@]}"
+    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+exit "$ru_code"

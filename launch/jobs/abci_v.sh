@@ -1,6 +1,6 @@
 #!/bin/bash
 # 13 billion parameters on V100 of 16 GB: TP 4 x PP 8 is one model on 8 nodes.
-# Ready to edit; rendered by `megatron-ru launch abci-v --nodes 8 --time 72:00:00 --group gaa50000 --name rugpt3-13b --modules python/3.12 cuda/12.4 hpcx/2.20 --preset 13b_v100 -- COMMAND`.
+# Ready to edit; rendered by `megatron-ru launch abci-v --nodes 8 --time 72:00:00 --group gaa50000 --name rugpt3-13b --modules python/3.12 cuda/12.4 hpcx/2.20 --virtual-environment .venv --preset 13b_v100 -- COMMAND`.
 # ABCI V nodes, 4 V100 each: 8 nodes x 4 GPUs = 32 ranks, TP 4 x PP 8 x DP 1. To submit: qsub -g gaa50000 FILE
 #$ -cwd
 #$ -N rugpt3-13b
@@ -77,9 +77,13 @@ module load cuda/12.4 || { echo 'module cuda/12.4 could not be loaded: see modul
 module load hpcx/2.20 || { echo 'module hpcx/2.20 could not be loaded: see module avail' >&2; exit 1; }
 set -u
 
+set +u
+source .venv/bin/activate
+set -u
+
 # What every rank runs.
 ru_command=(
-    .venv/bin/megatron-ru pretrain_gpt
+    megatron-ru pretrain_gpt
     --ru-variant rugpt3_13b
     --data-path data/ru
     --tokenizer-model data/ru.model
@@ -102,6 +106,14 @@ ru_command=(
     --recompute-num-layers 1
 )
 
+# What runs guard and keepers.
+ru_python=python3
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: name an environment that holds it with --virtual-environment FOLDER, or say --no-guard" >&2
+    exit 2
+fi
+
 ru_hostfile=$(mktemp)
 trap 'rm -f "$ru_hostfile"' EXIT
 ru_hosts | ru_with_slots 4 >"$ru_hostfile"
@@ -123,8 +135,23 @@ for ru_name in MASTER_ADDR MASTER_PORT PATH LD_LIBRARY_PATH PYTHONPATH VIRTUAL_E
 done
 
 # With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
-mpirun -np 32 -npernode 4 -hostfile "$ru_hostfile" --bind-to none \
+"$ru_python" -m megatron_ru guard --job "$JOB_ID" --address "$MASTER_ADDR" -- \
+    mpirun -np 32 -npernode 4 \
+    -hostfile "$ru_hostfile" --bind-to none \
     -mca oob_tcp_keepalive_time 5 -mca oob_tcp_keepalive_intvl 2 -mca oob_tcp_keepalive_probes 3 \
-    "${ru_travels[@]}" \
+    "${ru_travels[@]}" -x RU_GUARD -x RU_GUARD_JOB -x RU_ATTEMPT \
     bash -c 'export RANK="$OMPI_COMM_WORLD_RANK" WORLD_SIZE="$OMPI_COMM_WORLD_SIZE" LOCAL_RANK="$OMPI_COMM_WORLD_LOCAL_RANK" LOCAL_WORLD_SIZE="$OMPI_COMM_WORLD_LOCAL_SIZE"; exec "$@"' rank \
-    "${ru_command[@]}"
+    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+
+# Grid Engine would take a job back at code 99, and hold it at 100, whatever a rank meant by them.
+if [ "$ru_code" -eq 99 ] || [ "$ru_code" -eq 100 ]; then ru_code=1; fi
+exit "$ru_code"

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Four seeds, two at once; bash inside each rank reads which one from RU_ARRAY_INDEX.
-# Ready to edit; rendered by `megatron-ru launch slurm --gpus-per-node 1 --time 02:00:00 --cpus-per-task 8 --name seeds --array 1-4%2 -- COMMAND`.
+# Ready to edit; rendered by `megatron-ru launch slurm --gpus-per-node 1 --time 02:00:00 --cpus-per-task 8 --name seeds --array 1-4%2 --virtual-environment .venv -- COMMAND`.
 # Slurm: 1 node x 1 GPU = 1 rank. To submit: sbatch FILE
 #SBATCH --job-name=seeds
 #SBATCH --nodes=1
@@ -50,10 +50,22 @@ ru_free_port() {
     return 1
 }
 
+set +u
+source .venv/bin/activate
+set -u
+
 # What every rank runs.
 ru_command=(
-    bash -c 'exec .venv/bin/megatron-ru pretrain_gpt --ru-variant ru_demo --data-path data/ru --tokenizer-model data/ru.model --split 990,10,0 --micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-3 --eval-interval 250 --eval-iters 10 --seed "$RU_ARRAY_INDEX" --save "runs/seed_$RU_ARRAY_INDEX" --save-interval 250'
+    bash -c 'exec megatron-ru pretrain_gpt --ru-variant ru_demo --data-path data/ru --tokenizer-model data/ru.model --split 990,10,0 --micro-batch-size 4 --global-batch-size 32 --train-iters 1000 --lr 1e-3 --eval-interval 250 --eval-iters 10 --seed "$RU_ARRAY_INDEX" --save "runs/seed_$RU_ARRAY_INDEX" --save-interval 250'
 )
+
+# What runs guard and keepers.
+ru_python=python3
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: name an environment that holds it with --virtual-environment FOLDER, or say --no-guard" >&2
+    exit 2
+fi
 
 export RU_ARRAY_INDEX="$SLURM_ARRAY_TASK_ID"
 
@@ -63,6 +75,17 @@ export MASTER_ADDR MASTER_PORT
 
 # A rank that fails takes the others with it instead of leaving them waiting.
 export RU_LOCAL_SIZE=1
-srun --kill-on-bad-exit=1 --cpus-per-task=8 \
+"$ru_python" -m megatron_ru guard --job "$SLURM_JOB_ID" --address "$MASTER_ADDR" -- \
+    srun --kill-on-bad-exit=1 --cpus-per-task=8 \
     bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$RU_LOCAL_SIZE"; exec "$@"' rank \
-    "${ru_command[@]}"
+    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+exit "$ru_code"

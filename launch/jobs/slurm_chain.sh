@@ -1,6 +1,6 @@
 #!/bin/bash
 # A chain: submit it three times, and each waits for the one before and goes on from its checkpoint.
-# Ready to edit; rendered by `megatron-ru launch slurm --nodes 2 --time 24:00:00 --cpus-per-task 8 --name ru-7b3 --dependency singleton -- COMMAND`.
+# Ready to edit; rendered by `megatron-ru launch slurm --nodes 2 --time 24:00:00 --cpus-per-task 8 --name ru-7b3 --virtual-environment .venv --dependency singleton -- COMMAND`.
 # Slurm: 2 nodes x 8 GPUs = 16 ranks, TP 2 x PP 1 x DP 8. To submit: sbatch FILE
 #SBATCH --job-name=ru-7b3
 #SBATCH --nodes=2
@@ -50,9 +50,13 @@ ru_free_port() {
     return 1
 }
 
+set +u
+source .venv/bin/activate
+set -u
+
 # What every rank runs.
 ru_command=(
-    .venv/bin/megatron-ru pretrain_gpt
+    megatron-ru pretrain_gpt
     --ru-variant ru_7b3
     --data-path data/ru
     --tokenizer-model data/ru.model
@@ -76,12 +80,31 @@ ru_command=(
     --ru-metrics runs/ru_7b3/metrics.jsonl
 )
 
+# What runs guard and keepers.
+ru_python=python3
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: name an environment that holds it with --virtual-environment FOLDER, or say --no-guard" >&2
+    exit 2
+fi
+
 MASTER_ADDR=$(ru_first_address bond0)
 MASTER_PORT=$(ru_free_port "$SLURM_JOB_ID" "$MASTER_ADDR")
 export MASTER_ADDR MASTER_PORT
 
 # A rank that fails takes the others with it instead of leaving them waiting.
 export RU_LOCAL_SIZE=8
-srun --kill-on-bad-exit=1 --cpus-per-task=8 \
+"$ru_python" -m megatron_ru guard --job "$SLURM_JOB_ID" --address "$MASTER_ADDR" -- \
+    srun --kill-on-bad-exit=1 --cpus-per-task=8 \
     bash -c 'export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$RU_LOCAL_SIZE"; exec "$@"' rank \
-    "${ru_command[@]}"
+    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+exit "$ru_code"

@@ -75,14 +75,34 @@ ru_command=(
     --ru-metrics runs/ru_7b3/metrics.jsonl
 )
 
+# What runs guard and keepers.
+ru_python=${RU_PYTHON:-python3}
+if ! "$ru_python" -m megatron_ru guard --help >/dev/null 2>&1; then
+    echo "$ru_python ($(command -v "$ru_python" || echo none on PATH)) cannot import megatron_ru, \
+which is to guard this job: install it for that python3, submit from the folder of its clone, or say --no-guard" >&2
+    exit 2
+fi
+
 MASTER_ADDR=$(ru_first_address bond0)
 MASTER_PORT=$(ru_free_port "$SLURM_JOB_ID" "$MASTER_ADDR")
 export MASTER_ADDR MASTER_PORT
 
 # One torchrun for each node. A restart inside the job needs a store of its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=64 \
+"$ru_python" -m megatron_ru guard --job "$SLURM_JOB_ID" --address "$MASTER_ADDR" -- \
+    srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpus-per-task=64 \
     '--container-image=nvcr.io#nvidia/pytorch:25.06-py3' --container-mounts=/data:/data:ro \
     bash -c 'exec torchrun --nnodes 2 --node-rank "$SLURM_NODEID" --nproc-per-node 8 \
         --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --no-python "$@"' node \
-    "${ru_command[@]}"
+    bash -c 'if python3 -m megatron_ru keep --help >/dev/null 2>&1; then exec python3 -m megatron_ru keep -- "$@"; fi; if [ "${RANK:-0}" = 0 ]; then echo "python3 of the image cannot import megatron_ru, so hangs go unnoticed: install it there" >&2; fi; exec "$@"' keep \
+    "${ru_command[@]}" <&0 &
+ru_guard=$!
+# The guard passes signals on to the ranks; this shell outlives them, to clean up.
+trap 'kill -USR1 "$ru_guard" 2>/dev/null || true' USR1
+trap 'kill -USR2 "$ru_guard" 2>/dev/null || true' USR2
+trap 'kill -TERM "$ru_guard" 2>/dev/null || true' TERM
+trap 'kill -INT "$ru_guard" 2>/dev/null || true' INT
+while kill -0 "$ru_guard" 2>/dev/null; do wait "$ru_guard" || true; done
+ru_code=0
+wait "$ru_guard" || ru_code=$?
+exit "$ru_code"

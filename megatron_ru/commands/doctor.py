@@ -1,148 +1,104 @@
-"""Say what this machine and environment offer: torch, Megatron-Core, compilers, GPUs, and which form each op runs in.
+"""Say what this machine, or a set of machines, offers to a run: a verdict for each thing, and what to do about it.
 
-megatron-ru doctor           a verdict per line: ok, or what is missing and what to do about it
-megatron-ru doctor --json    the same as a list of objects, for programs
+    megatron-ru doctor                     packages, compiled ops, compilers and GPUs of this machine
+    megatron-ru doctor --nodes gpu1,gpu2   also what is between them: all-reduces, clocks, files, versions
+    megatron-ru launch slurm --nodes 2 -- megatron-ru doctor --nodes auto
+
+Verdicts are ok, slow (runs work, and lose time or safety), broken (runs fail) and absent (nobody needs it). The exit
+code is 1 when something is broken, else 0. With --nodes auto this process is one of the ranks that a launcher started.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import platform
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ru.doctor.finding import Finding, exit_code, table
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.files import atomic_output
 
 NAME = "doctor"
-SUMMARY = "say which compiled ops are in use, and why not where they are not"
-
-# Never required; benchmarks compare with them where they are installed.
-_PEERS = {
-    "liger-kernel": "Liger-Kernel",
-    "transformer-engine": "TransformerEngine",
-    "apex": "NVIDIA Apex",
-    "quack-kernels": "QuACK",
-    "flash-attn": "FlashAttention",
-    "deepspeed": "DeepSpeed",
-    "transformers": "Hugging Face transformers",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    verdict: str
-    """ok, missing (something that would help is not there) or absent (nobody needs it)."""
-    detail: str
+SUMMARY = "say what is installed, which ops are compiled, and whether hosts work together"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the form of output."""
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    """Adds which machines to look at, and the form of output."""
+    parser.add_argument(
+        "--nodes", metavar="HOSTS",
+        help="also what is between hosts: a hostfile or HOST,HOST, to which this goes over mpirun, or auto inside a "
+        "launcher",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write a list of objects, with the numbers that were measured, to FILE; to stdout, without a table, when "
+        "there is no FILE",
+    )  # fmt: skip
+    parser.add_argument(
+        "--folder", default=".", metavar="FOLDER",
+        help="with --nodes: where checkpoints go, whose speed is measured (default: this one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S",
+        help="with --nodes: seconds that each step may take before a host counts as hanging (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="G",
+        help="with hosts: ranks on each (default: as many as this machine has GPUs, at least 1)",
+    )  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="what is slow makes the exit code 1 too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the findings. Returns 0: what is missing makes a run slower, not wrong."""
-    findings = list(examine())
-    if arguments.json:
-        json.dump([dataclasses.asdict(finding) for finding in findings], sys.stdout, ensure_ascii=False, indent=2)
-        print()
-        return 0
-    width = max(len(finding.subject) for finding in findings)
-    for finding in findings:
-        print(f"{finding.subject:{width}}  {finding.verdict:7}  {finding.detail}")
-    return 0
+    """Prints the findings. Returns 0 or 1; raises UserError for hosts and folders that are none."""
+    if arguments.nodes is None:
+        from megatron_ru.doctor.machine import examine
+
+        findings = list(examine())
+        report(findings, arguments.json)
+        return exit_code(findings, arguments.strict)
+    if not (math.isfinite(arguments.timeout) and arguments.timeout >= 1):
+        raise UserError(f"--timeout {arguments.timeout:g} leaves no time to answer: give at least a second")
+    if arguments.nodes != "auto":
+        return _start(arguments)
+    from megatron_ru.doctor.together import examine_together
+
+    return examine_together(
+        arguments.timeout,
+        Path(arguments.folder).absolute(),
+        arguments.strict,
+        lambda findings: report(findings, arguments.json),
+    )
 
 
-def examine() -> Iterator[Finding]:
-    """The findings, in the order in which one depends on another."""
-    yield Finding(subject="python", verdict="ok", detail=f"{platform.python_version()} ({sys.executable})")
-    torch_version = _version("torch")
-    if torch_version is None:
-        yield Finding(subject="torch", verdict="missing", detail="not installed: pip install torch")
+def report(findings: Sequence[Finding], destination: str | None) -> None:
+    """The table on stdout; as JSON to the file `destination`, or to stdout alone where it is `-`."""
+    written = json.dumps([dataclasses.asdict(finding) for finding in findings], ensure_ascii=False, indent=2) + "\n"
+    if destination == "-":
+        sys.stdout.write(written)
         return
-    yield from _packages_and_gpus()
-    yield from _compilers()
-    yield from _ops()
-    for distribution, name in _PEERS.items():
-        version = _version(distribution)
-        verdict = "absent" if version is None else "ok"
-        yield Finding(subject=distribution, verdict=verdict, detail=f"{name} {version or 'is not installed: optional'}")
+    sys.stdout.write(table(findings))
+    if destination is not None:
+        with atomic_output(destination, "w", encoding="utf-8") as stream:
+            stream.write(written)
 
 
-def _packages_and_gpus() -> Iterator[Finding]:
-    import torch
+def _start(arguments: argparse.Namespace) -> int:
+    """Over the named hosts; relative paths are those of this folder."""
+    from megatron_ru.doctor.gpus import GpuTrouble, read_gpus
+    from megatron_ru.doctor.start import hosts_of, start_over
 
-    cuda = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    yield Finding(subject="torch", verdict="ok", detail=f"{torch.__version__}, {cuda}")
-    core = _version("megatron-core")
-    yield Finding(
-        subject="megatron-core",
-        verdict="missing" if core is None else "ok",
-        detail=core or "not installed: pip install megatron-core",
-    )
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index in range(count):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield Finding(
-            subject=f"gpu {index}",
-            verdict="ok",
-            detail=f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}",
-        )
-    if not count:
-        yield Finding(subject="gpu", verdict="absent", detail="torch sees none: runs go to the CPU (--device cpu)")
-
-
-def _compilers() -> Iterator[Finding]:
-    from megatron_ru.ops.build import Torch, default_archs, find_compiler, find_nvccs
-
-    compiler = find_compiler()
-    yield Finding(
-        subject="c++ compiler",
-        verdict="missing" if compiler is None else "ok",
-        detail=compiler or "none was found, so the CPU ops cannot be built: apt install g++, or set CXX",
-    )
-    torch = Torch.running()
-    # The first of each version is what a build takes.
-    nvccs = {nvcc.version: nvcc for nvcc in reversed(find_nvccs(torch))}.values()
-    for nvcc in nvccs:
-        version = f"{nvcc.version[0]}.{nvcc.version[1]}"
-        fits = torch.cuda is not None and torch.cuda.partition(".")[0] == str(nvcc.version[0])
-        archs = ", ".join(f"sm_{arch}" for arch in default_archs(nvcc))
-        detail = f"{nvcc.path}, CUDA {version}"
-        detail += f", compiles for {archs}" if fits else f": torch needs CUDA {torch.cuda}, another major version"
-        yield Finding(subject="nvcc", verdict="ok" if fits else "missing", detail=detail)
-    if not nvccs:
-        gpu = torch.sees_gpu
-        yield Finding(
-            subject="nvcc",
-            verdict="missing" if gpu else "absent",
-            detail="none was found in CUDA_HOME, /usr/local/cuda, PATH or the CUDA wheels; it compiles the CUDA ops",
-        )
-
-
-def _ops() -> Iterator[Finding]:
-    from megatron_ru.ops import backend
-    from megatron_ru.ops.build import Torch
-
-    status = backend.library_status()
-    yield Finding(subject="ops", verdict="missing" if status.path is None else "ok", detail=status.summary())
-    devices = ("cpu", "cuda") if Torch.running().sees_gpu else ("cpu",)
-    for name in sorted(backend.known()):
-        reasons = {device: backend.switch(name).why_not(device) for device in devices}
-        forms = [
-            f"{device} {'fused' if not reason else f'plain torch: {reason}'}" for device, reason in reasons.items()
-        ]
-        if status.path is None:
-            forms = ["plain torch, without compiled ops"]
-        verdict = "missing" if any(reasons.values()) else "ok"
-        yield Finding(subject=f"op {name}", verdict=verdict, detail="; ".join(forms))
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    words = ["--folder", str(Path(arguments.folder).absolute()), "--timeout", f"{arguments.timeout:g}"]
+    if arguments.json is not None:
+        words += ["--json"] if arguments.json == "-" else ["--json", str(Path(arguments.json).absolute())]
+    if arguments.strict:
+        words.append("--strict")
+    gpus = arguments.gpus_per_node
+    if gpus is None:
+        try:
+            gpus = max(1, len(read_gpus() or ()))
+        except GpuTrouble as trouble:
+            raise UserError(f"{trouble}; or say how many ranks each host gets with --gpus-per-node") from trouble
+    return start_over(hosts_of(arguments.nodes), gpus, words, arguments.timeout)

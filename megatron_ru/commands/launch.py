@@ -54,13 +54,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--signal-seconds", type=int, default=300, metavar="S", help=f"{text['signal_seconds']} Default: %(default)s."
     )
+    parser.add_argument("--no-guard", action="store_true", help="Leave guard and keepers out.")
+    for field, kind, metavar in (
+        ("retries", int, "K"),
+        ("stall", float, "S"),
+        ("start_timeout", float, "S"),
+        ("grace", float, "S"),
+    ):
+        parser.add_argument(_flag(field), type=kind, metavar=metavar, help=text[field])
+    parser.add_argument("--spares", type=int, default=0, metavar="N", help=text["spares"])
     parser.add_argument("--preset", metavar="NAME", help=f"Flags behind the command: {_preset_names()}.")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--dry-run", action="store_true", help="Print the script, byte for byte what would be sent.")
     action.add_argument("--check", action="store_true", help="Ask the scheduler whether it would take the job.")
     action.add_argument("--submit", action="store_true", help="Send the script and print the job's id.")
     parser.add_argument("command_words", nargs="+", metavar="COMMAND", help=f"Behind --. {text['command']}")
-    _keep_all_behind_dashes(parser)
+    keep_all_behind_dashes(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,11 +115,17 @@ def job_of(arguments: argparse.Namespace) -> JobSpec:
         interfaces=tuple(arguments.interfaces),
         hostfile=arguments.hostfile,
         torchrun=arguments.torchrun,
+        guard=not arguments.no_guard,
+        retries=arguments.retries,
+        stall=arguments.stall,
+        start_timeout=arguments.start_timeout,
+        grace=arguments.grace,
+        spares=arguments.spares,
         **parallel,
     )
 
 
-def _keep_all_behind_dashes(parser: argparse.ArgumentParser) -> None:
+def keep_all_behind_dashes(parser: argparse.ArgumentParser) -> None:
     """argparse takes further `--` out of the words behind the first; a command may need them."""
     parse = parser.parse_known_args
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.plugin.dataset_helpers import load_built_dataset_helpers
+from megatron_ru.plugin.nan_gradients import current_nan_gradients
 
 
 class Batch(NamedTuple):
@@ -64,8 +65,10 @@ def loss_of(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str
                 result=total, rejection_func=rejects, message=f"the loss of this rank is {word}",
                 tolerance=0.0, fatal=True,
             )  # fmt: skip
-    report = torch.stack((total.detach(), tokens.to(total.dtype)))
-    return total, tokens, {"lm loss": report}
+    nan_gradients = current_nan_gradients()
+    if nan_gradients is not None and torch.is_grad_enabled():
+        return total, tokens, {"lm loss": nan_gradients.finite_loss(total, tokens)}
+    return total, tokens, {"lm loss": torch.stack((total.detach(), tokens.to(total.dtype)))}
 
 
 def get_batch(data_iterator: Any, vp_stage: int | None = None) -> Batch:

@@ -7,8 +7,9 @@ import traceback
 import warnings
 from typing import Any
 
-from megatron_ru.plugin.arguments import device_of
+from megatron_ru.plugin.exit_signals import FLAG, TRY_AGAIN
 from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
+from megatron_ru.plugin.rank_start import start_rank
 
 
 def pretrain_gpt(words: list[str]) -> None:
@@ -16,8 +17,11 @@ def pretrain_gpt(words: list[str]) -> None:
 
     Raises `UserError` for input that cannot be trained on, before anything is written.
     """
+    start_rank(listen=FLAG in words)
     ranks = meet_ranks()
     _share_cores(ranks.local_world_size)
+    from megatron_ru.plugin.arguments import device_of, extend_parser
+
     if device_of(words) == "cpu":
         from megatron_ru.seams.cpu_device import CPU_DEVICE
 
@@ -34,7 +38,6 @@ def pretrain_gpt(words: list[str]) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_ru.engines.gpt_batches import datasets_provider, forward_step
-    from megatron_ru.plugin.arguments import extend_parser
     from megatron_ru.plugin.checks import check_checkpoint_format, check_complete, check_data, check_supported
     from megatron_ru.plugin.run import install_run
 
@@ -45,6 +48,7 @@ def pretrain_gpt(words: list[str]) -> None:
         check_supported(args)
         check_checkpoint_format(args)
         check_data(args)
+        args.ru_checkpoints = args.ru_checkpoints or "safe"
         install_run(args)
 
     try:
@@ -60,6 +64,11 @@ def pretrain_gpt(words: list[str]) -> None:
         # While the model is set up Megatron asserts that the checkpoint fits the arguments; later it asserts itself.
         if any(frame.name == "setup_model_and_optimizer" for frame in traceback.extract_tb(error.__traceback__)):
             raise refused_by_megatron(error) from error
+        raise
+    except SystemExit as leaving:
+        # All ranks leave here together, before the last step: at a signal or at an interval.
+        if leaving.code in (None, 0, TRY_AGAIN):
+            _leave_process_group()
         raise
     _leave_process_group()
 

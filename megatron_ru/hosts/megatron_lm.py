@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.plugin.rank_errors import meet_ranks
+from megatron_ru.plugin.exit_signals import FLAG
+from megatron_ru.plugin.rank_errors import end_on_failure, meet_ranks
+from megatron_ru.plugin.rank_start import start_rank
 from megatron_ru.seams.when_imported import when_imported
 
 _entered = False
@@ -33,6 +35,7 @@ def run_host(script: str, words: list[str]) -> None:
         raise UserError(
             f"{folder} has no folder megatron/core, expected a Megatron-LM checkout (core 0.16 to 0.20) around {script}"
         )
+    start_rank(listen=FLAG in words)
     sys.argv = [str(path), *words]
     # As `python SCRIPT` does, and before anything imports megatron: the checkout's package must be the one found.
     sys.path[0] = str(folder)
@@ -46,6 +49,7 @@ def enter(words: list[str]) -> None:
     if _entered:
         return
     _entered = True
+    end_on_failure()
     meet_ranks()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_ru.plugin.arguments import device_of
@@ -76,6 +80,8 @@ def _when_parsed(args: Namespace) -> None:
     from megatron_ru.plugin.checks import check_checkpoint_format, check_data, check_host
     from megatron_ru.plugin.run import install_run
 
+    # Only now: whatever imports torch comes through `enter`, but who has Megatron's arguments trains.
+    start_rank(listen=args.ru_exit_signals)
     check_host(args)
     check_checkpoint_format(args)
     check_data(args)

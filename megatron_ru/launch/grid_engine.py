@@ -1,13 +1,14 @@
 """Scripts for the Grid Engine of ABCI 2.0, whose nodes differ in a resource type and a number of GPUs."""
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.launch import shell_parts
+from megatron_ru.launch import guard_parts, shell_parts
 from megatron_ru.launch.job_spec import JobSpec, array_bounds
 from megatron_ru.launch.quoting import quoted
 from megatron_ru.launch.target import LaunchScript
 from megatron_ru.launch.walltime import hours_minutes_seconds
 
-TAKES = ("time", "group", "container", "output", "array", "dependency", "requeue", "signal", "interfaces")
+TAKES = ("time", "group", "container", "output", "array", "dependency", "requeue", "signal", "interfaces",
+         "spares")  # fmt: skip
 NEEDS = ("time", "group")
 
 
@@ -27,7 +28,8 @@ def grid_engine_script(job: JobSpec, resource: str, machine: str) -> LaunchScrip
 {_signal(job)}\
 {shell_parts.hostfile_in_temporary_file("ru_hosts", job.gpus_per_node)}\
 {shell_parts.meeting_place(job, _number(job))}\
-{shell_parts.mpirun(job)}"""
+{shell_parts.mpirun(job, _number(job))}\
+{_ended(job)}"""
     return LaunchScript(text=text, submit=(*submit, "-terse"), check=(*submit, "-w", "v"))
 
 
@@ -36,7 +38,7 @@ def _header(job: JobSpec, resource: str) -> str:
     lines = [
         "-cwd",
         f"-N {job.name}",
-        f"-l {resource}={job.nodes}",
+        f"-l {resource}={job.all_nodes}",
         f"-l h_rt={hours_minutes_seconds(seconds)}",
         "-j y",
         f"-o {job.output.rstrip('/')}/",
@@ -74,6 +76,16 @@ def _signal(job: JobSpec) -> str:
     if job.signal != "USR1":
         raise UserError(f"Grid Engine sends USR1 at the soft limit and no {job.signal}: say --signal USR1")
     return "\n# It comes to this shell too, which would end by it; mpirun passes it on to the ranks.\ntrap : USR1\n"
+
+
+def _ended(job: JobSpec) -> str:
+    if not job.guard:
+        return ""
+    kept = """
+# Grid Engine would take a job back at code 99, and hold it at 100, whatever a rank meant by them.
+if [ "$ru_code" -eq 99 ] || [ "$ru_code" -eq 100 ]; then ru_code=1; fi
+"""
+    return kept + guard_parts.ended(job, guard_parts.requeue_grid_engine(job))
 
 
 def _array_index(job: JobSpec) -> str:

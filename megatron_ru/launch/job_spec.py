@@ -75,6 +75,19 @@ class JobSpec:
     """File with a host in each line, for a plain mpirun over several nodes."""
     torchrun: bool = False
     """On Slurm: one torchrun for each node instead of one task for each rank."""
+    guard: bool = True
+    """Whether a guard watches the ranks and a keeper stands before each of them."""
+    retries: int | None = None
+    """How often the guard starts the ranks again inside the job, and how often --requeue puts it back into the queue
+    (left out: never again inside the job, and 10 times into the queue)."""
+    stall: float | None = None
+    """Seconds without a sign of life after which a rank that trains counts as hanging (left out: 600)."""
+    start_timeout: float | None = None
+    """Seconds to the first training step (left out: 1800 for ranks that give signs of life)."""
+    grace: float | None = None
+    """Seconds between TERM and KILL, when the guard ends the ranks (left out: 30)."""
+    spares: int = 0
+    """Nodes beyond those that the ranks need; one that was to blame twice is left out in favour of a spare one."""
     tensor_parallel: int = 1
     """Tensor parallel size, to check the number of ranks."""
     pipeline_parallel: int = 1
@@ -87,6 +100,7 @@ class JobSpec:
         self._check_paths()
         self._check_environment()
         self._check_schedule()
+        self._check_guard()
         self._check_parallel_sizes()
 
     @property
@@ -103,6 +117,16 @@ class JobSpec:
     def seconds(self) -> int | None:
         """The time limit in seconds."""
         return None if self.time is None else walltime_seconds(self.time)
+
+    @property
+    def most_requeues(self) -> int:
+        """How often the script puts itself back into the queue, at most."""
+        return 10 if self.retries is None else self.retries
+
+    @property
+    def all_nodes(self) -> int:
+        """Nodes to ask for, the spare ones among them."""
+        return self.nodes + self.spares
 
     def _check_numbers(self) -> None:
         for what, value, most in (
@@ -191,6 +215,23 @@ class JobSpec:
                 f"{self.signal} {self.signal_seconds} s before a limit of {seconds} s would come before the start: "
                 "give a longer --time or a smaller --signal-seconds"
             )
+
+    def _check_guard(self) -> None:
+        for flag, value, least, most in (
+            ("--retries", self.retries, 0, 1000),
+            ("--stall", self.stall, 0.1, 10_000_000),
+            ("--start-timeout", self.start_timeout, 0.1, 10_000_000),
+            ("--grace", self.grace, 0, 100_000),
+            ("--spares", self.spares or None, 1, 1000),
+        ):
+            if value is None:
+                continue
+            if not least <= value <= most:
+                raise UserError(f"{flag} {value:g} is not between {least} and {most}")
+            if not self.guard and value:
+                raise UserError(f"{flag} is for the guard, which --no-guard leaves out: drop one of them")
+        if self.spares and not self.retries:
+            raise UserError(f"{self.spares} spare nodes are for further attempts: add --retries 2 or more")
 
     def _check_parallel_sizes(self) -> None:
         replica = self.tensor_parallel * self.pipeline_parallel

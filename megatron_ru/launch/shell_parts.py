@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_ru.launch import guard_parts
 from megatron_ru.launch.job_spec import JobSpec
 from megatron_ru.launch.quoting import quoted, quoted_lines
 
@@ -98,7 +99,8 @@ ru_hosts() {{
 
 
 def prologue(job: JobSpec) -> str:
-    """Modules, virtual environment, the variables of the user, and the command as the array `ru_command`."""
+    """Modules, virtual environment, the variables of the user, the command as the array `ru_command`, and whether a
+    guard can be started."""
     parts = []
     if job.modules:
         lines = [
@@ -123,6 +125,7 @@ def prologue(job: JobSpec) -> str:
     words = ["env", *(f"{name}={value}" for name, value in job.env.items())] if job.env and job.container else []
     lines = ([f"    {quoted(words)}"] if words else []) + [quoted_lines(job.command)]
     parts.append("ru_command=(\n" + "\n".join(lines) + "\n)\n")
+    parts.append(guard_parts.check(job))
     return "".join(parts)
 
 
@@ -140,17 +143,30 @@ def singularity(job: JobSpec) -> str:
     return quoted(["singularity", "exec", "--nv", *binds, job.container]) + " "
 
 
-def mpirun(job: JobSpec, before: str = "") -> str:
+def mpirun(job: JobSpec, number: str, *, before: str = "", options: str = "", address: str = "$MASTER_ADDR") -> str:
     """Checks the hostfile `ru_hostfile`, then starts the ranks over it with Open MPI.
 
-    `before` are words in front of mpirun, with a blank behind.
+    `before` are words in front of mpirun, with a blank behind, where there is no guard; `number`, `options` and
+    `address` are the guard's.
     """
     wrapper = rank_wrapper(*(f"OMPI_COMM_WORLD_{tail}" for tail in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
     names = " ".join(dict.fromkeys((*_TRAVELS, *job.env)))
+    of_guard = "".join(f" -x {name}" for name in guard_parts.TRAVELS) if job.guard else ""
+    spare = '--hostfile "$ru_hostfile"' if job.spares else ""
+    # With spare hosts the file is written anew for each attempt.
+    launcher = f"""{"" if job.guard else before}mpirun -np {job.world_size} -npernode {job.gpus_per_node} \\
+    -hostfile "$ru_hostfile" --bind-to none \\
+    {quoted(KEEPALIVE)} \\
+    "${{ru_travels[@]}}"{of_guard} \\
+    {wrapper} \\
+    {guard_parts.keeper(job)}{singularity(job)}"${{ru_command[@]}}\""""
+    start = guard_parts.started(
+        job, launcher, number=number, address=address, options=" ".join(word for word in (options, spare) if word)
+    )
     return f"""
 ru_found=$(wc -l <"$ru_hostfile")
-if [ "$ru_found" -ne {job.nodes} ]; then
-    echo "this script is made for {job.nodes} nodes, and there are $ru_found: $(tr '\\n' ' ' <"$ru_hostfile")" >&2
+if [ "$ru_found" -ne {job.all_nodes} ]; then
+    echo "this script is made for {job.all_nodes} nodes, and there are $ru_found: $(tr '\\n' ' ' <"$ru_hostfile")" >&2
     exit 1
 fi
 
@@ -161,12 +177,7 @@ for ru_name in {names}; do
 done
 
 # With the keepalive options mpirun ends when a host is gone, instead of waiting for ever.
-{before}mpirun -np {job.world_size} -npernode {job.gpus_per_node} -hostfile "$ru_hostfile" --bind-to none \\
-    {quoted(KEEPALIVE)} \\
-    "${{ru_travels[@]}}" \\
-    {wrapper} \\
-    {singularity(job)}"${{ru_command[@]}}"
-"""
+{start}"""
 
 
 def hostfile_in_temporary_file(source: str, slots: int) -> str:
@@ -195,6 +206,6 @@ def described(job: JobSpec) -> str:
         if job.tensor_parallel * job.pipeline_parallel > 1
         else ""
     )
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    nodes = ("1 node" if job.nodes == 1 else f"{job.nodes} nodes") + (f" ({job.spares} spare)" if job.spares else "")
     gpus = f"{job.gpus_per_node} GPU{'' if job.gpus_per_node == 1 else 's'}"
     return f"{nodes} x {gpus} = {job.world_size} rank{'' if job.world_size == 1 else 's'}{split}"

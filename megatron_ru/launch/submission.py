@@ -71,7 +71,8 @@ def _run_by_bash(script: LaunchScript) -> int:
 
 def _call(words: Sequence[str], descriptor: int) -> int:
     os.lseek(descriptor, 0, os.SEEK_SET)
-    child = subprocess.Popen(words, pass_fds=(descriptor,))
+    # Its guard shall be this very package, also where another python3 comes first on PATH.
+    child = subprocess.Popen(words, pass_fds=(descriptor,), env={**os.environ, "RU_PYTHON": sys.executable})
     try:
         return child.wait()
     except BaseException:

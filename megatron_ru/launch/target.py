@@ -23,6 +23,7 @@ OPTIONAL_FIELDS = {
     "interfaces": "--interfaces",
     "hostfile": "--hostfile",
     "torchrun": "--torchrun",
+    "spares": "--spares",
 }
 
 
@@ -74,8 +75,8 @@ class Target:
                 f"a node of {self.name} has {self.gpus_per_node} GPUs and is given whole, not {job.gpus_per_node} of "
                 f"them: drop --gpus-per-node or say {self.gpus_per_node}"
             )
-        if self.most_nodes is not None and job.nodes > self.most_nodes:
-            raise UserError(f"{self.name} gives a job at most {self.most_nodes} nodes, not {job.nodes}: take fewer")
+        if self.most_nodes is not None and job.all_nodes > self.most_nodes:
+            raise UserError(f"{self.name} gives a job at most {self.most_nodes} nodes, not {job.all_nodes}: take fewer")
         defaults = {field.name: field.default for field in dataclasses.fields(JobSpec)}
         for field, flag in OPTIONAL_FIELDS.items():
             value = getattr(job, field)

@@ -51,8 +51,12 @@ def initialisation_seams() -> list[Seam]:
     ]
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Draws every parallel weight of a `GPTModel` stage; the result depends on the seed and the names alone."""
+def initialise(model: nn.Module, seed: int, *, will_be_loaded: bool = False) -> None:
+    """Draws every parallel weight of a `GPTModel` stage; the result depends on the seed and the names alone.
+
+    A weight that `will_be_loaded` is not drawn, which a restart would pay for and throw away. It becomes NaN: should
+    the loading leave it out, the first loss says so.
+    """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, module, parameter in _whole_model_names(model):
@@ -69,6 +73,9 @@ def initialise(model: nn.Module, seed: int) -> None:
             # Gate and up projection lie in one weight; megatron-core before 0.17 does not say so.
             stride = 2
         with torch.no_grad():
+            if will_be_loaded:
+                parameter.fill_(torch.nan)
+                continue
             parameter.copy_(_draw_shard(noted, stride, parameter, seed, name, rank_, size_))
 
 

@@ -51,6 +51,36 @@ def extend_parser(
         help="Fused ops to use: all, none, or names with commas between them: rms_norm, layer_norm, rope, activation, "
         "cross_entropy, adamw. What is left out runs as Megatron and torch run it.",
     )  # fmt: skip
+    group.add_argument(
+        "--ru-exit-signals", action="store_true",
+        help="At USR1, USR2 or TERM save a checkpoint at the end of the step and exit with code 75, or with 0 when the "
+        "last step was done. Always so under megatron-ru guard.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-nan-grads", choices=["zero", "rescale", "skip", "error"], default=None,
+        help="What a NaN or an infinity in a gradient costs. zero: that tensor of that rank, which counts as zero in "
+        "the mean. rescale: the same, with the mean over the ranks that are left. skip: the step. error: the run, "
+        "which says where. Left out, Megatron decides: it stops.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-nan-names", action="store_true",
+        help="With --ru-nan-grads: print the names of these parameters in each step; the host then waits "
+        "for the device.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-checkpoints", choices=["safe", "megatron"], default=None,
+        help="Who saves and loads. safe: a save has its name when every file of it is on disk and summed, a full disk "
+        "does not end the run, and the newest whole checkpoint is loaded. megatron: Megatron by itself. Left out, "
+        "megatron-ru pretrain_gpt is safe, and Megatron-LM's own script is not.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-keep", type=int, metavar="N", default=None,
+        help="With --ru-checkpoints safe: after each save remove all checkpoints but the newest N. Left out, all stay.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-keep-every", type=int, metavar="M", default=None,
+        help="With --ru-keep: keep every checkpoint whose step is a multiple of M, too.",
+    )  # fmt: skip
     _mend_help(parser)
     _set_machine_defaults(parser)
     _finish_after_parsing(parser, when_parsed)

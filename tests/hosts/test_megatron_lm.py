@@ -105,6 +105,9 @@ def test_after_parsing_everything_is_checked_before_anything_is_replaced(monkeyp
     for where in ("checks.check_host", "checks.check_checkpoint_format", "checks.check_data", "run.install_run"):
         name = where.partition(".")[2]
         monkeypatch.setattr(f"megatron_ru.plugin.{where}", lambda args, name=name: order.append((name, args)))
-    megatron_lm._when_parsed("args")
+    # Before anything can be refused: a keeper is to hear of that too.
+    monkeypatch.setattr(megatron_lm, "start_rank", lambda listen: order.append(("start_rank", listen)))
+    args = argparse.Namespace(ru_exit_signals=True)
+    megatron_lm._when_parsed(args)
     names = ["check_host", "check_checkpoint_format", "check_data", "install_run"]
-    assert order == [(name, "args") for name in names]
+    assert order == [("start_rank", True), *((name, args) for name in names)]

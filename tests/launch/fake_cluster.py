@@ -1,10 +1,12 @@
 """Stand-ins for mpirun, srun, torchrun, singularity and module: they start real processes, all on this host."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 # Each rank appends what it sees of the world, on one line.
 RANK = """
@@ -33,14 +35,14 @@ assert options["oob_tcp_keepalive_time"] == "5" and options["--bind-to"] == "non
 size, per_node = int(options["-np"]), int(options["-npernode"])
 hosts = open(options["-hostfile"]).read().splitlines()
 assert len(hosts) * per_node == size and all(line.endswith(f" slots={per_node}") for line in hosts), hosts
-codes = []
+ranks = []
 for rank in range(size):
     # A remote rank has a bare environment and what -x names.
     numbers = {"RANK": rank, "SIZE": size, "LOCAL_RANK": rank % per_node, "LOCAL_SIZE": per_node}
     ompi = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in numbers.items()}
     ompi["TEST_HOST"] = hosts[rank // per_node].split()[0]
-    codes.append(subprocess.run(words, env={"PATH": "/usr/bin:/bin", **exported, **ompi}).returncode)
-sys.exit(max(codes))
+    ranks.append(subprocess.Popen(words, env={"PATH": "/usr/bin:/bin", **exported, **ompi}))
+sys.exit(max(rank.wait() for rank in ranks))
 """
 
 SRUN = """
@@ -48,12 +50,12 @@ import os, subprocess, sys
 words, nodes, tasks = sys.argv[1:], int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
 while words[0].startswith("--"):
     option = words.pop(0)
-codes = []
+ranks = []
 for rank in range(nodes * tasks):
     slurm = {"PROCID": rank, "NTASKS": nodes * tasks, "LOCALID": rank % tasks, "NODEID": rank // tasks, "STEP_ID": 0}
     environ = {**os.environ, **{f"SLURM_{name}": str(value) for name, value in slurm.items()}}
-    codes.append(subprocess.run(words, env=environ).returncode)
-sys.exit(max(codes))
+    ranks.append(subprocess.Popen(words, env=environ))
+sys.exit(max(rank.wait() for rank in ranks))
 """
 
 TORCHRUN = """
@@ -63,11 +65,14 @@ while words[0] != "--no-python":
     name = words.pop(0)
     options[name] = words.pop(0)
 per_node, node = int(options["--nproc-per-node"]), int(options["--node-rank"])
+ranks = []
 for local in range(per_node):
     torch = {"RANK": node * per_node + local, "WORLD_SIZE": int(options["--nnodes"]) * per_node, "LOCAL_RANK": local,
              "LOCAL_WORLD_SIZE": per_node, "MASTER_ADDR": options["--master-addr"],
              "MASTER_PORT": options["--master-port"]}
-    subprocess.run(words[1:], env={**os.environ, **{name: str(value) for name, value in torch.items()}}, check=True)
+    environ = {**os.environ, **{name: str(value) for name, value in torch.items()}}
+    ranks.append(subprocess.Popen(words[1:], env=environ))
+sys.exit(max(rank.wait() for rank in ranks))
 """
 
 SINGULARITY = """
@@ -80,6 +85,9 @@ while words[0] == "--bind":
 os.environ["TEST_IMAGE"] = words[0]
 os.execvp(words[1], words[1:])
 """
+
+# With room behind each for the ports of further attempts.
+_PORTS = iter(range(20000 + os.getpid() % 5000, 29980, 8))
 
 PROGRAMS = {"mpirun": MPIRUN, "srun": SRUN, "torchrun": TORCHRUN, "singularity": SINGULARITY}
 
@@ -96,6 +104,9 @@ class FakeCluster:
         for name, source in PROGRAMS.items():
             (self.programs / name).write_text(f"#!{sys.executable}\n{source}")
             (self.programs / name).chmod(0o755)
+        # The python3 of the job's environment, which can import us.
+        (self.programs / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+        (self.programs / "python3").chmod(0o755)
 
     def command(self, *words):
         """The words of a rank that records itself and what it was called with."""
@@ -104,13 +115,14 @@ class FakeCluster:
     def run(self, script, job):
         """The records of the ranks, by rank, after the script ran as its scheduler would run it."""
         self.record.unlink(missing_ok=True)
-        for environ in self.environments(job):
-            self.bash(script.text, environ)
+        # Those of several nodes wait for each other.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda environ: self.bash(script.text, environ), self.environments(job)))
         seen = [json.loads(line) for line in self.record.read_text().splitlines()]
         return sorted(seen, key=lambda one: int(one["environ"]["RANK"]))
 
     def bash(self, text, environ):
-        file = self.folder / "job.sh"
+        file = self.folder / f"job{environ.get('NODE', '')}.sh"
         file.write_text(text)
         # What a forgotten export in the user's shell would bring along.
         stale = {"RANK": "77", "WORLD_SIZE": "78", "MASTER_ADDR": "stale", "MASTER_PORT": "1", "LOCAL_RANK": "79"}
@@ -136,8 +148,19 @@ class FakeCluster:
             slurm = {"JOB_ID": self.job, "NNODES": job.nodes, "NTASKS_PER_NODE": tasks, "ARRAY_TASK_ID": 3}
             return [{f"SLURM_{name}": str(value) for name, value in slurm.items()}]
         if job.target == "torchrun" and job.nodes > 1:
-            return [{"NODE": str(node), "MASTER": "10.0.0.1"} for node in range(job.nodes)]
+            port = two_free_ports()
+            return [{"NODE": str(node), "MASTER": "127.0.0.1", "PORT": str(port)} for node in range(job.nodes)]
         return [{}]
+
+
+def two_free_ports():
+    """A port on which nobody listens, nor on the one behind it; another one each time."""
+    for port in _PORTS:
+        with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
+            one.bind(("", port))
+            other.bind(("", port + 1))
+            return port
+    raise AssertionError("no two free ports side by side")
 
 
 def job_fields(target, folder):

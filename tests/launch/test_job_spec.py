@@ -13,6 +13,8 @@ def test_sizes():
     large = job(nodes=16, gpus_per_node=4, tensor_parallel=4, pipeline_parallel=8, time="1-08:00:00")
     assert (large.world_size, large.data_parallel, large.seconds) == (64, 2, 115200)
     assert job().seconds is None
+    assert job(nodes=4, spares=2, retries=3).all_nodes == 6
+    assert [job().most_requeues, job(retries=3).most_requeues] == [10, 3]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,16 @@ def test_sizes():
         ({"signal": "KILL", "time": "1h"}, "signal 'KILL' is none of USR1, USR2, TERM, INT"),
         ({"signal": "USR1"}, "USR1 before the time limit needs a limit: add --time"),
         ({"signal": "USR1", "time": "5m"}, "USR1 300 s before a limit of 300 s would come before the start"),
+        ({"retries": -1}, "--retries -1 is not between 0 and 1000"),
+        ({"stall": 0.0}, "--stall 0 is not between 0.1 and"),
+        ({"start_timeout": float("nan")}, "--start-timeout nan is not between"),
+        ({"grace": float("inf")}, "--grace inf is not between 0 and"),
+        ({"spares": -1, "retries": 2}, "--spares -1 is not between 1 and 1000"),
+        ({"spares": 1}, "1 spare nodes are for further attempts: add --retries 2 or more"),
+        ({"stall": 60.0, "guard": False}, "--stall is for the guard, which --no-guard leaves out: drop one of them"),
+        ({"retries": 3, "guard": False}, "--retries is for the guard, which --no-guard leaves out"),
+        ({"requeue": True, "retries": 3, "guard": False}, "--retries is for the guard, which --no-guard leaves out"),
+        ({"env": {"RU_GUARD": "x"}}, "RU_GUARD belongs to the job script"),
         ({"nodes": 3, "tensor_parallel": 4, "pipeline_parallel": 4},
          "3 nodes x 8 GPUs = 24 ranks do not divide into model replicas of TP 4 x PP 4 = 16: start a multiple of 16"),
     ],

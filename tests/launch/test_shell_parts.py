@@ -147,7 +147,7 @@ def test_too_few_hosts_are_said_before_mpirun_starts(tmp_path):
     program(tmp_path, "mpirun", "#!/bin/bash\necho started\n")
     (tmp_path / "hosts").write_text("h1 slots=8\n")
     job = JobSpec(target="mpirun", command=("true",), nodes=2)
-    text = f"ru_hostfile={tmp_path}/hosts\nru_command=(true)\n{shell_parts.mpirun(job)}"
+    text = f"ru_hostfile={tmp_path}/hosts\nru_command=(true)\n{shell_parts.mpirun(job, '$$')}"
     shown = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env={"PATH": f"{tmp_path}:/bin"})
     assert (shown.returncode, shown.stdout) == (1, "")
     assert shown.stderr == "this script is made for 2 nodes, and there are 1: h1 slots=8 \n"
@@ -167,7 +167,7 @@ def test_the_virtual_environment_is_the_one_named(tmp_path):
     folder = tmp_path / "my env's $x"
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "activate").write_text("echo activated $unset_here\n")
-    job = JobSpec(target="slurm", command=("true",), virtual_environment=str(folder))
+    job = JobSpec(target="slurm", command=("true",), virtual_environment=str(folder), guard=False)
     assert bash(shell_parts.prologue(job), tmp_path) == "activated\n"
 
 

@@ -1,11 +1,15 @@
-"""Who says that the input is bad."""
+"""Who says that the input is bad, and who leaves without waiting for anybody."""
 
+import os
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.heartbeat import create_beat_file, read_failure
 from megatron_ru.plugin import rank_errors
 from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 
@@ -20,8 +24,11 @@ def ranks_have_not_met(monkeypatch):
 
 
 def met(monkeypatch):
-    group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True)
+    group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 8)
     monkeypatch.setitem(sys.modules, "torch.distributed", group)
+    codes = []
+    monkeypatch.setattr(rank_errors.os, "_exit", codes.append)
+    return codes
 
 
 def test_nothing_to_say(capsys):
@@ -54,11 +61,68 @@ def test_a_rank_whose_environment_is_at_fault_speaks_for_itself(monkeypatch, cap
 
 
 def test_once_they_have_met_each_rank_speaks_for_itself(monkeypatch, capsys):
-    met(monkeypatch)
+    codes = met(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "5")
     assert exit_code_of(fail, "megatron-ru run_host") == 2
     assert capsys.readouterr().err == "megatron-ru run_host: error: rank 5: a is 3, expected 2\n"
+    assert codes == [2], "the others wait for this rank, so it does not wait for them"
+
+
+def test_the_keeper_hears_of_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(rank_errors, "tell_failure", told.append)
+    assert exit_code_of(fail, "megatron-ru") == 2
+    assert [str(error) for error in told] == ["a is 3, expected 2"]
+
+
+# A rank whose interpreter cannot end by itself: a thread that Python waits for, as a process group's destructor would.
+RANK = """
+import multiprocessing, os, sys, threading, time, types
+from megatron_ru.plugin import heartbeats
+from megatron_ru.plugin.rank_errors import end_on_failure
+sys.modules["torch.distributed"] = types.SimpleNamespace(
+    is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: int(sys.argv[1])
+)
+end_on_failure()
+end_on_failure()
+heartbeats.open_heartbeat(os.environ)
+if sys.argv[1] != "1":
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+    child.start()
+    print(child.pid)
+print("unflushed words")
+raise ArithmeticError("the loss is nan")
+"""
+
+
+@pytest.mark.parametrize("ranks", ["2", "1"])
+def test_an_exception_ends_the_rank_at_once_and_is_told(tmp_path, ranks):
+    create_beat_file(tmp_path / "rank1")
+    environment = {**os.environ, "RU_HEARTBEAT": str(tmp_path / "rank1"), "RANK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RANK, ranks], env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    *children, words = done.stdout.splitlines()
+    assert words == "unflushed words"
+    assert done.stderr.count("ArithmeticError: the loss is nan") == 1
+    assert read_failure(tmp_path / "rank1")["message"] == "the loss is nan"
+    assert len(children) == int(ranks) - 1
+    # A process that was killed is gone a moment later.
+    until = time.monotonic() + 5
+    while any(is_alive(int(child)) for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(is_alive(int(child)) for child in children)
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_other_errors_pass_through():

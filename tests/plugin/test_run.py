@@ -5,8 +5,12 @@ from argparse import Namespace
 import pytest
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.heartbeat import create_beat_file
 from megatron_ru.ops import backend
 from megatron_ru.plugin.arguments import HOST_SPEC
+from megatron_ru.plugin.exit_signals import stop_listening
+from megatron_ru.plugin.heartbeats import close_heartbeat
+from megatron_ru.plugin.rank_start import start_rank
 from megatron_ru.plugin.run import install_run, run_seams, undo_run
 
 ALWAYS = [
@@ -14,6 +18,12 @@ ALWAYS = [
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+    # Where the time of the start goes.
+    "megatron.training.initialize:_initialize_distributed",
+    "megatron.training.training:setup_model_and_optimizer",
+    "megatron.training.training:load_checkpoint",
+    "megatron.training.training:build_train_valid_test_data_iterators",
+    "megatron.training.training:train_step",
 ]
 ROPE = [
     "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
@@ -38,12 +48,20 @@ WHOLE = [
     "megatron.core.tensor_parallel.layers:_initialize_affine_weight_cpu",
 ]
 METRICS = ["megatron.training.training:training_log"]
+HEARTBEATS = [
+    "megatron.training.training:train",
+    "megatron.training.training:training_log",
+    "megatron.training.ft_integration:on_eval_step_end",
+    "megatron.training.training:save_checkpoint",
+]
+EXIT_SIGNALS = ["megatron.training.global_vars:DistributedSignalHandler", "megatron.training.training:train"]
 
 
 def arguments(**changes):
     settings = {
         "ru_variant": "llama2_tiny", "ru_metrics": None, "ru_validate_from_start": False, "ru_init": "whole",
-        "ru_ops": "all",
+        "ru_ops": "all", "ru_nan_grads": None, "ru_nan_names": False, "ru_checkpoints": None,
+        "ru_keep": None, "ru_keep_every": None, "save": None, "load": None, "async_save": False,
         "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
@@ -76,6 +94,42 @@ def test_metrics_and_validation_add_their_own(tmp_path):
     assert set(METRICS) < set(found) - set(ALWAYS + OPS + MODEL + WHOLE)
     plain, watched = targets(arguments()), targets(arguments(ru_validate_from_start=True))
     assert set(plain) < set(watched)
+
+
+def test_nan_gradients_are_counted_before_the_metrics_are_written(tmp_path):
+    args = arguments(
+        ru_metrics=str(tmp_path / "metrics.jsonl"), ru_nan_grads="zero", check_for_nan_in_loss_and_grad=True
+    )
+    seams = run_seams(args)
+    logs = [seam for seam in seams if seam.target == "megatron.training.training:training_log"]
+    # The later one is around the earlier one.
+    assert [type(seam.make.__self__).__name__ for seam in logs] == ["StepMetrics", "NanGradients"]
+    assert args.check_for_nan_in_loss_and_grad is False
+    assert "NanGradients" not in {type(getattr(s.make, "__self__", None)).__name__ for s in run_seams(arguments())}
+
+
+@pytest.mark.parametrize("flag", ["use_megatron_fsdp", "use_torch_fsdp2"])
+def test_gradients_of_fsdp_are_not_guarded(flag):
+    with pytest.raises(UserError, match="leave one of the two out"):
+        run_seams(arguments(ru_nan_grads="zero", **{flag: True}))
+
+
+def test_nothing_is_drawn_where_a_checkpoint_will_be_loaded(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("megatron_ru.plugin.run._finish_model", lambda *arguments: drawn.append(arguments[-1]))
+
+    def will_be_loaded(**changes):
+        seams = [seam for seam in run_seams(arguments(**changes)) if seam.target.endswith("GPTModel.__init__")]
+        seams[0].make(lambda self: None)(None)
+        return drawn.pop()
+
+    assert will_be_loaded(load=None) is False
+    assert will_be_loaded(load=str(tmp_path)) is False
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
+    assert will_be_loaded(load=str(tmp_path)) is True
+    assert will_be_loaded(load=str(tmp_path), dist_ckpt_strictness="raise_all") is True
+    # Then a weight that the checkpoint lacks keeps what it has.
+    assert will_be_loaded(load=str(tmp_path), dist_ckpt_strictness="log_all") is False
 
 
 def test_unknown_variant():
@@ -122,6 +176,39 @@ def test_unknown_op():
 def test_every_reason_is_told():
     for seam in run_seams(arguments(ru_metrics="x", ru_validate_from_start=True)):
         assert len(seam.reason) > 20, seam.target
+
+
+def test_a_guarded_run_beats_and_listens(tmp_path, monkeypatch):
+    plain = targets(arguments())
+    create_beat_file(tmp_path / "rank0")
+    monkeypatch.setenv("RU_HEARTBEAT", str(tmp_path / "rank0"))
+    start_rank(listen=False)
+    try:
+        args = arguments(exit_signal_handler=False)
+        assert sorted(targets(args)) == sorted(plain + HEARTBEATS + EXIT_SIGNALS)
+        assert args.exit_signal_handler is True
+    finally:
+        stop_listening()
+        close_heartbeat()
+
+
+def test_a_run_that_listens_without_a_guard():
+    plain = targets(arguments())
+    start_rank(listen=True)
+    try:
+        assert sorted(targets(arguments(exit_signal_handler=False))) == sorted(plain + EXIT_SIGNALS)
+    finally:
+        stop_listening()
+
+
+def test_a_fault_on_request(monkeypatch):
+    plain = targets(arguments())
+    monkeypatch.setenv("MEGATRON_RU_FAULT", "kill,rank=0,step=5")
+    monkeypatch.setenv("RANK", "0")
+    assert sorted(targets(arguments())) == sorted([*plain, "megatron.training.training:train_step"])
+    monkeypatch.setenv("MEGATRON_RU_FAULT", "kill")
+    with pytest.raises(UserError, match="is not a fault"):
+        targets(arguments())
 
 
 @pytest.mark.parametrize(("variant", "final"), [("llama2_tiny", "Norm"), ("gpt2_tiny", "IdentityOp")])

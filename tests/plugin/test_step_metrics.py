@@ -72,3 +72,15 @@ def test_the_seams_fit_this_megatron(cpu_device):
     for seam in (metrics.seam(), *metrics.evaluation_seams()):
         assert seam.install()
         seam.undo()
+
+
+def test_lines_of_another_kind_are_the_last_rank_s_and_a_full_disk_loses_them(tmp_path, ranks, caplog):
+    path = tmp_path / "metrics.jsonl"
+    metrics = StepMetrics(str(path), every=1)
+    metrics.tell({"iteration": 1, "startup": {"imports_seconds": 2.5}})
+    ranks(0, 2)
+    metrics.tell({"iteration": 2, "save_error": "No space left on device"})
+    assert lines(path) == [{"iteration": 1, "startup": {"imports_seconds": 2.5}}]
+    ranks(1, 2)
+    StepMetrics("/dev/full", every=1).tell({"iteration": 3})
+    assert "a line for step 3 is lost" in caplog.text

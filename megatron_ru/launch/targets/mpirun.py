@@ -1,13 +1,14 @@
 """Open MPI over the hosts of a file, without a scheduler."""
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.launch import shell_parts
+from megatron_ru.launch import guard_parts, shell_parts
 from megatron_ru.launch.job_spec import JobSpec
 from megatron_ru.launch.quoting import quoted
 from megatron_ru.launch.target import LaunchScript, target
 
 # mpirun may be started on a host that is none of the ranks'.
 _FIRST_HOST = r"""
+ru_address=$MASTER_ADDR
 ru_first=$(awk 'NR == 1 { print $1 }' "$ru_hostfile")
 ru_here=$(hostname)
 if [ "$ru_first" != localhost ] && [ "${ru_first%%.*}" != "${ru_here%%.*}" ]; then
@@ -22,12 +23,12 @@ fi
     "mpirun",
     "Open MPI over a plain hostfile, no scheduler",
     gpus_per_node=8,
-    takes=("container", "hostfile", "interfaces"),
+    takes=("container", "hostfile", "interfaces", "spares"),
 )
 def render_mpirun(job: JobSpec) -> LaunchScript:
     """A script for `bash`. Each host of the file gets its slots here, whatever the file says of them."""
-    if job.hostfile is None and job.nodes > 1:
-        raise UserError(f"mpirun does not know the {job.nodes} hosts: name a file that lists them with --hostfile")
+    if job.hostfile is None and job.all_nodes > 1:
+        raise UserError(f"mpirun does not know the {job.all_nodes} hosts: name a file that lists them with --hostfile")
     source = "hostname" if job.hostfile is None else f"cat {quoted([job.hostfile])}"
     text = f"""#!/bin/bash
 # Open MPI: {shell_parts.described(job)}. To start: bash FILE
@@ -36,5 +37,6 @@ def render_mpirun(job: JobSpec) -> LaunchScript:
 {shell_parts.hostfile_in_temporary_file(source, job.gpus_per_node)}\
 {shell_parts.meeting_place(job, "$$")}\
 {_FIRST_HOST if job.hostfile is not None else ""}\
-{shell_parts.mpirun(job)}"""
+{shell_parts.mpirun(job, "$$", address="$ru_address" if job.hostfile is not None else "$MASTER_ADDR")}\
+{guard_parts.ended(job)}"""
     return LaunchScript(text=text, submit=("bash",), check=("bash", "-n"))

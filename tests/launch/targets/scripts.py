@@ -15,6 +15,11 @@ def header(script):
     return re.findall(r"^(?:#\$|#PBS|#SBATCH) (.*)$", script.text, flags=re.M)
 
 
+def requeue_lines(text, before):
+    """What comes behind the guard, with `before` in front of it."""
+    return before + text[text.index('wait "$ru_guard" || ru_code=$?\n') :].partition("\n")[2]
+
+
 def start(script):
     """From the last comment on: what is started."""
     return script.text[script.text.rindex("\n# ") + 1 :]

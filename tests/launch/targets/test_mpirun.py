@@ -26,14 +26,16 @@ def test_the_meeting_place_is_on_the_first_host_of_the_file(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     text = render("mpirun", nodes=2, hostfile=str(tmp_path / "hosts")).text
-    environ = {"PATH": f"{tmp_path}:/usr/sbin:/usr/bin:/bin"}
+    environ = {"PATH": f"{tmp_path}:/usr/sbin:/usr/bin:/bin", "RU_PYTHON": sys.executable}
     shown = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environ)
     assert (shown.returncode, shown.stdout) == (0, "10.9.8.7\n")
 
 
 def test_a_missing_hostfile_ends_it(tmp_path):
     text = render("mpirun", nodes=2, hostfile=str(tmp_path / "no hosts")).text
-    shown = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    shown = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, env={**os.environ, "RU_PYTHON": sys.executable}
+    )
     assert shown.returncode != 0
     assert "no hosts" in shown.stderr
 

@@ -7,16 +7,18 @@ from tests.launch.targets.scripts import render, start
 
 
 def test_one_node_and_several():
-    assert start(render("torchrun", gpus_per_node=4)).endswith(
-        "exec torchrun --nproc-per-node 4 \\\n"
-        '    --master-addr "127.0.0.1" --master-port "$ru_port" --no-python \\\n'
+    assert start(render("torchrun", gpus_per_node=4, guard=False)).endswith(
+        "exec bash -c 'exec torchrun --nproc-per-node 4 \\\n"
+        '        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --no-python "$@"\' node \\\n'
         '    "${ru_command[@]}"\n'
     )
-    assert start(render("torchrun", nodes=3)).endswith(
-        'exec torchrun --nnodes 3 --node-rank "$NODE" --nproc-per-node 8 \\\n'
-        '    --master-addr "$MASTER" --master-port "$PORT" --no-python \\\n'
-        '    "${ru_command[@]}"\n'
-    )
+    several = render("torchrun", nodes=3).text
+    assert (
+        '--nodes 3 --node "$NODE" --port "$((PORT + 1))" -- \\\n'
+        '    bash -c \'exec torchrun --nnodes 3 --node-rank "$NODE" --nproc-per-node 8 \\\n'
+        '        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --no-python "$@"\' node \\\n'
+        '    "$ru_python" -m megatron_ru keep -- "${ru_command[@]}" <&0 &\n'
+    ) in several
 
 
 def test_several_nodes_ask_for_what_only_the_user_knows():

@@ -1,0 +1,28 @@
+"""Decisions that all ranks of a run make together, over Megatron's default group."""
+
+import torch.distributed
+
+
+class RanksTogether:
+    """`checkpoints.ranks.Ranks` of this process; one process is alone."""
+
+    def __init__(self) -> None:
+        met = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if met else 0
+        self.size = torch.distributed.get_world_size() if met else 1
+
+    def first[Value](self, value: Value) -> Value:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def all[Value](self, value: Value) -> list[Value]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Value] = [value] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
