@@ -109,7 +109,7 @@ def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], seco
     """Returns once the run has logged the step."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= step:
+        if metrics.exists() and metrics.read_text().count('"lm loss"') >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} was not logged; exit code {process.poll()}")

@@ -80,7 +80,9 @@ def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 def _without_step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_states(self: Any, model_param: Any, tensors: Any) -> None:
-        # What is no tensor is passed over; the count comes from the groups.
-        original(self, model_param, {**tensors, "step": None})
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state.get(self.optimizer.param_groups[group]["params"][order], {})
+        # The count comes from the groups, so here it is copied onto itself: megatron-core 0.16 cannot pass over it.
+        original(self, model_param, {**tensors, "step": state.get("step")})
 
     return set_states

@@ -32,7 +32,9 @@ def parts(folder, when, ranks=4):
 
 
 def lines(run):
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    """What was written of each step."""
+    found = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [line for line in found if "lm loss" in line]
 
 
 def expected_mean(befores, name, without=(), divisor=None):
