@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 # Tests of one process each, which need no quiet machine: a worker for each core.
-ALONE := tests/contracts tests/ops
+ALONE := $(addprefix tests/, contracts ops models text tokens tokenizer figures docs checkpoints benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-schedulers lint format ops clean venv venv-demo
@@ -27,7 +27,7 @@ demo: venv-demo
 # The tests run even where lint complains, and their closing line comes last.
 test: venv
 	@status=0; $(MAKE) --no-print-directory lint || status=1; \
-	$(BIN)/python -m pytest -n auto -q $(ALONE) || status=1; \
+	$(BIN)/python -m pytest -n auto -q -m "not slow and not hosts" $(ALONE) || status=1; \
 	$(BIN)/python -m pytest -m "not slow and not hosts and not schedulers" $(ALONE:%=--ignore=%) || status=1; \
 	exit $$status
 

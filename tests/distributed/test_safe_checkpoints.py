@@ -134,6 +134,7 @@ def test_a_full_disk_costs_checkpoints_and_no_training(trainer, whole, small_dis
     assert run.output.count("step 4 is the newest checkpoint; training goes on") == 4
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_last_step_is_no_success_and_room_lets_it_end_well(trainer, whole, small_disk):
     save = small_disk / "saved"
     words = (*TWO_RANKS, "--save", str(save), "--load", str(save), "--save-interval", "10")

@@ -47,6 +47,7 @@ def test_four_nodes_are_well(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
+@pytest.mark.slow
 def test_a_stopped_host_is_named_and_stops_nobody(tmp_path):
     with Ranks(tmp_path, 3, "--timeout", "10") as ranks:
         stopped = ranks.processes[2]
@@ -95,6 +96,7 @@ def test_rank_0_that_hangs_ends_the_others(tmp_path):
     assert "fell silent" in err or "found nobody" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path):
     with Ranks(
         tmp_path, 3, "--timeout", "4", start=[0, 2], environ={0: {"SLURM_STEP_NODELIST": f"{HOST},gpu7"}}

@@ -91,11 +91,12 @@ def test_the_last_step_is_followed_by_what_follows_it_anyway(listening, others, 
 
 
 def test_megatron_is_asked_to_look_and_finds_us(listening, args):
+    before = signal.getsignal(signal.SIGINT)
     seams = {seam.target: seam for seam in exit_signal_seams(args, listening)}
     assert args.exit_signal_handler is True
     handler = seams["megatron.training.global_vars:DistributedSignalHandler"].make(object)(signal.SIGTERM).__enter__()
     assert handler is listening
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_users_own_signal_is_one_more(listening, args):

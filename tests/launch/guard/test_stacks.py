@@ -22,7 +22,8 @@ def test_frames_of_the_thread_that_was_asked():
     finally:
         ended.set()
         helper.join()
-    assert written.count("most recent call first") == 2
+    # Other tests of this process may have left threads too.
+    assert written.count("most recent call first") >= 2
     assert [frame.rpartition(" in ")[2] for frame in frames_of(written)[:2]] == [
         "dumped", "test_frames_of_the_thread_that_was_asked",
     ]  # fmt: skip
