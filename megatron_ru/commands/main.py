@@ -12,14 +12,16 @@ from megatron_ru import __version__, commands
 from megatron_ru.foundation.errors import UserError
 
 
-def discover_commands() -> dict[str, ModuleType]:
-    """The command modules of this package by the word that calls them, in alphabetical order."""
+def discover_commands(word: str = "") -> dict[str, ModuleType]:
+    """The command modules of this package by the word that calls them, in alphabetical order.
+
+    Only that of `word` where it is the name of one: a keeper starts with every rank, and needs none of the others.
+    """
+    names = [entry.name for entry in pkgutil.iter_modules(commands.__path__) if entry.name != "main"]
     found = {}
-    for entry in pkgutil.iter_modules(commands.__path__):
-        if entry.name == "main":
-            continue
-        module = importlib.import_module(f"{commands.__name__}.{entry.name}")
-        found[getattr(module, "NAME", entry.name)] = module
+    for name in [word] if word in names else names:
+        module = importlib.import_module(f"{commands.__name__}.{name}")
+        found[getattr(module, "NAME", name)] = module
     return dict(sorted(found.items()))
 
 
@@ -50,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     # A terminated command takes its unfinished files with it, as an interrupted one does.
     signal.signal(signal.SIGTERM, _end_on_signal)
-    modules = discover_commands()
+    modules = discover_commands(words[0] if words else "")
     try:
         if words and words[0] in modules and hasattr(modules[words[0]], "run_raw"):
             return modules[words[0]].run_raw(words[1:]) or 0

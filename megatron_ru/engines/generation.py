@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ru.checkpoints.layout import TRACKER
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.mpi_rendezvous import ensure_rendezvous
 from megatron_ru.plugin.arguments import device_of
@@ -50,9 +51,9 @@ class LoadedModel:
 def find_checkpoint(load: str) -> SavedModel:
     """The latest checkpoint in the folder. Raises `UserError` when there is none of the torch_dist format."""
     folder = Path(load)
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     if not tracker.is_file():
-        what = "has no latest_checkpointed_iteration.txt" if folder.is_dir() else "is not a folder"
+        what = f"has no {TRACKER}" if folder.is_dir() else "is not a folder"
         raise UserError(f"{load} {what}, expected a folder that pretrain_gpt --save wrote a checkpoint to")
     iteration = tracker.read_text(encoding="utf-8").strip()
     known = iteration == "release" or iteration.isdecimal()

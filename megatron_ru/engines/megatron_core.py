@@ -7,7 +7,8 @@ import traceback
 import warnings
 from typing import Any
 
-from megatron_ru.plugin.exit_signals import FLAG, TRY_AGAIN
+from megatron_ru.foundation.errors import TRY_AGAIN
+from megatron_ru.plugin.exit_signals import FLAG
 from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 from megatron_ru.plugin.rank_start import start_rank
 

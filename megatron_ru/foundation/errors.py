@@ -1,4 +1,7 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and the exit code for the next attempt."""
+
+TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h, the exit code of what is worth another try as it is."""
 
 
 class UserError(ValueError):

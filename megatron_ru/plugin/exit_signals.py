@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.errors import TRY_AGAIN, UserError
 from megatron_ru.foundation.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
 from megatron_ru.seams.seam import Seam
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from megatron_ru.plugin.signal_agreement import Agreement
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-TRY_AGAIN = 75
-"""EX_TEMPFAIL of sysexits.h: what is left to do can be done by starting again."""
 
 _GUARD_VARIABLES = ("RU_GUARD", HEARTBEAT_VARIABLE)
 FLAG = "--ru-exit-signals"

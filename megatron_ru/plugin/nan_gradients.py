@@ -30,8 +30,10 @@ class Reduced:
     parameters: Sequence[Any]
     gradients: Sequence[Tensor]
     """What is read, and becomes zero: of each parameter, flat or in its shape."""
-    replicated: Tensor | None
-    """int64: places of the parameters that every tensor-parallel rank holds whole; None without tensor parallelism."""
+    replicated: Sequence[int]
+    """Places of the parameters that every tensor-parallel rank holds whole; empty without tensor parallelism."""
+    replicated_there: Tensor | None
+    """The same as int64 on the gradients' device, so that nobody waits for it; None where it is empty."""
     tensor_group: Any
     """The tensor-parallel ranks, None without."""
     data_groups: Sequence[Any]
@@ -46,13 +48,13 @@ def guard(reduced: Reduced, rescales: bool) -> Tensor:
     contribute. The host waits for nothing.
     """
     flags = zero_nonfinite(reduced.gradients)
-    if reduced.replicated is not None:
+    if reduced.replicated_there is not None:
         # Replicas that took different steps would never agree again.
-        shared = flags[reduced.replicated]
+        shared = flags[reduced.replicated_there]
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=reduced.tensor_group)
-        flags[reduced.replicated] = shared
+        flags[reduced.replicated_there] = shared
         # What is here is finite by now, so a factor of zero is enough.
-        _multiply([reduced.gradients[i] for i in reduced.replicated.tolist()], 1 - shared)
+        _multiply([reduced.gradients[i] for i in reduced.replicated], 1 - shared)
     if rescales:
         missing, ranks = flags.clone(), 1
         for group in reduced.data_groups:
@@ -106,7 +108,7 @@ class NanGradients:
         # Of this step: flags of each reduction, and the parameters that they are of.
         self._found: list[tuple[Tensor, Sequence[Any]]] = []
         self._losses: list[Tensor] = []
-        # Of the steps since the last line of the log: [tensors, losses] each.
+        # Of the steps since the last line of the log: [tensors, whether there were any, losses] each.
         self._steps: list[Tensor] = []
         self._report: dict[str, int] = {}
 
@@ -168,6 +170,7 @@ class NanGradients:
                 anything = self._end_of_reductions()
                 if self._policy == "error":
                     self._refuse(anything)
+                self._found.clear()
                 if self._policy == "skip" and _anywhere(anything):
                     _tell_scalers(optimizer)
                     return False, None, None
@@ -196,19 +199,14 @@ class NanGradients:
 
     def _end_of_reductions(self) -> Tensor:
         """int32 []: how many tensors of this rank held something in this step."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        flags = [flags for flags, _ in self._found]
-        tensors = (
-            torch.cat(flags).sum(dtype=torch.int32) if flags else torch.zeros((), dtype=torch.int32, device=device)
-        )
+        flags = [flags for flags, _ in self._found] or [torch.zeros(0, dtype=torch.int32, device=_device())]
+        tensors = torch.cat(flags).sum(dtype=torch.int32)
         if self._with_names and tensors.item():
             print(
                 f"megatron_ru: a NaN or an infinity in the gradients of {self._places()}", file=sys.stderr, flush=True
             )
         losses = torch.stack(self._losses).sum(dtype=torch.int32) if self._losses else torch.zeros_like(tensors)
         self._steps.append(torch.stack((tensors, (tensors > 0).to(torch.int32), losses.to(tensors.device))))
-        if self._policy != "error":
-            self._found.clear()
         self._losses.clear()
         return tensors
 
@@ -224,11 +222,9 @@ class NanGradients:
 
     def _refuse(self, anything: Tensor) -> None:
         """Raises `NanFoundError` on every rank when one of them holds a NaN; those that hold it say where."""
-        here = bool(anything.item())
-        places = self._places() if here else ""
-        self._found.clear()
         if _anywhere(anything):
-            where = f"the gradients of {places} hold one on this rank" if here else "another rank says where"
+            here = f"the gradients of {self._places()} hold one on this rank"
+            where = here if anything.item() else "another rank says where"
             raise NanFoundError(
                 f"a gradient holds a NaN or an infinity: {where}; --ru-nan-grads zero would go on without these tensors"
             )
@@ -293,10 +289,15 @@ def _reduced_by(group: Any) -> Reduced:
     return Reduced(
         parameters=parameters,
         gradients=gradients,
-        replicated=torch.tensor(replicated, device=gradients[0].device) if spread else None,
+        replicated=replicated if spread else (),
+        replicated_there=torch.tensor(replicated, device=gradients[0].device) if spread else None,
         tensor_group=mpu.get_tensor_model_parallel_group() if spread else None,
         data_groups=data_groups,
     )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _anywhere(anything: Tensor) -> bool:

@@ -3,11 +3,16 @@
 import torch.distributed
 
 
+def ranks_have_met() -> bool:
+    """Whether there is a process group to decide in."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class RanksTogether:
     """`checkpoints.ranks.Ranks` of this process; one process is alone."""
 
     def __init__(self) -> None:
-        met = torch.distributed.is_available() and torch.distributed.is_initialized()
+        met = ranks_have_met()
         self.rank = torch.distributed.get_rank() if met else 0
         self.size = torch.distributed.get_world_size() if met else 1
 

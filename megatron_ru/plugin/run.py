@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_ru.checkpoints.layout import TRACKER
 from megatron_ru.models.variant import Variant, find_variant
 from megatron_ru.ops import backend
 from megatron_ru.plugin.arguments import HOST_SPEC
@@ -125,7 +126,7 @@ def _loads_weights(args: argparse.Namespace) -> bool:
     folder = getattr(args, "load", None)
     if not folder or getattr(args, "dist_ckpt_strictness", "assume_ok_unexpected") not in _ALL_WEIGHTS_OR_NOTHING:
         return False
-    return Path(folder, "latest_checkpointed_iteration.txt").is_file()
+    return Path(folder, TRACKER).is_file()
 
 
 def _model_built_seam(variant: Variant | None, seed: int | None, will_be_loaded: bool) -> Seam:

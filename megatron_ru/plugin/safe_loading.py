@@ -12,14 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-
 from megatron_ru.checkpoints.layout import TRACKER, iterations, read_tracker
 from megatron_ru.checkpoints.ranks import Alone, Ranks
 from megatron_ru.checkpoints.retention import bring_back, sweep
 from megatron_ru.checkpoints.selection import Selection, select
 from megatron_ru.checkpoints.wholeness import share_problems
-from megatron_ru.plugin.ranks_together import RanksTogether
+from megatron_ru.plugin.ranks_together import RanksTogether, ranks_have_met
 from megatron_ru.seams.seam import Seam
 
 
@@ -115,7 +113,7 @@ class SafeLoading:
         def read_metadata(tracker_filename: str) -> Any:
             folder = Path(tracker_filename).parent
             selection = self._selected.get(folder)
-            if selection is None and not _ranks_have_met() and "://" not in tracker_filename:
+            if selection is None and not ranks_have_met() and "://" not in tracker_filename:
                 # For --use-checkpoint-args, before there are ranks to agree with: by names and sizes.
                 selection = select(folder, Alone(), lambda place: [])
             if selection is None or selection.iteration is None:
@@ -123,7 +121,3 @@ class SafeLoading:
             return selection.iteration, selection.release
 
         return read_metadata
-
-
-def _ranks_have_met() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

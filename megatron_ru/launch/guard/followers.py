@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
+from megatron_ru.foundation.errors import TRY_AGAIN
 from megatron_ru.launch.guard.protocol import Connection, Message, whole
 from megatron_ru.launch.guard.report import say
-from megatron_ru.launch.guard.verdict import TRY_AGAIN, Limits
+from megatron_ru.launch.guard.verdict import Limits
 
 # What differs between attempts and is for the first guard to say.
 TOLD = ("MASTER_PORT", "RU_GUARD", "RU_GUARD_JOB", "RU_ATTEMPT")

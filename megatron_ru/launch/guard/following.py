@@ -6,6 +6,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_ru.foundation.errors import TRY_AGAIN
 from megatron_ru.launch.guard.clock import WatchClock
 from megatron_ru.launch.guard.followers import TOLD
 from megatron_ru.launch.guard.launcher import Launcher
@@ -13,7 +14,7 @@ from megatron_ru.launch.guard.link import GuardLink
 from megatron_ru.launch.guard.protocol import GuardPlace, Message, seconds, text, whole
 from megatron_ru.launch.guard.report import say
 from megatron_ru.launch.guard.signals import SignalBox
-from megatron_ru.launch.guard.verdict import TRY_AGAIN, Limits
+from megatron_ru.launch.guard.verdict import Limits
 
 _PAUSE_SECONDS = 1.0
 _REFUSED_SECONDS = 15.0

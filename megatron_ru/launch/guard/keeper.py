@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_ru.foundation.errors import TRY_AGAIN
 from megatron_ru.foundation.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
 from megatron_ru.foundation.heartbeat import Beat, Phase, create_beat_file, read_beat, read_failure, stacks_path
 from megatron_ru.launch.guard.clock import WatchClock
@@ -33,7 +34,6 @@ from megatron_ru.launch.guard.rank_process import RankProcess, finder
 from megatron_ru.launch.guard.reaper import Reaper
 from megatron_ru.launch.guard.stacks import frames_of
 
-TRY_AGAIN = 75
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 _ONE_SIGNAL_SECONDS = 1.0

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ru.launch.guard.verdict import TRY_AGAIN, Verdict
+from megatron_ru.foundation.errors import TRY_AGAIN
+from megatron_ru.launch.guard.verdict import Verdict
 
 LONGEST_PAUSE = 60.0
 _BAD_INPUT = 2

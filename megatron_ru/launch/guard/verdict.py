@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from megatron_ru.foundation.errors import TRY_AGAIN
 from megatron_ru.foundation.heartbeat import Phase
 from megatron_ru.launch.guard.ranks import Ranks, RankSeen
 from megatron_ru.launch.guard.stacks import waits_for_others
-
-TRY_AGAIN = 75
-"""EX_TEMPFAIL of sysexits.h: worth another try as it is."""
 
 _CUT_SECONDS = 10.0
 _WINDOW_SECONDS = 2.0
