@@ -6,7 +6,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 # Tests of one process each, which need no quiet machine: a worker for each core.
-ALONE := $(addprefix tests/, contracts ops models text tokens tokenizer figures docs checkpoints benchmarks)
+ALONE := $(addprefix tests/, contracts ops models text tokens tokenizer figures docs checkpoints benchmarks batches data engines hosts)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-schedulers lint format ops clean venv venv-demo

@@ -505,6 +505,25 @@ void rope_qk_in_place(Tensor q, Tensor k, const Tensor& cos, const Tensor& sin, 
   mark_changed(k);
 }
 
+// The gradients of queries, keys and values [sequence, batch, heads, head_dim] side by side, queries and keys turned.
+Tensor rope_join(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, bool interleaved,
+                 bool inverse) {
+  const Tensor q_in = with_contiguous_channels(q), k_in = with_contiguous_channels(k);
+  TORCH_CHECK(q.dim() == 4 && v.sizes() == k.sizes() && v.scalar_type() == q.scalar_type(), "megatron_ru: v is ",
+              v.scalar_type(), " of sizes ", v.sizes(), ", expected ", q.scalar_type(), " of sizes ", k.sizes());
+  check_device(v, q, "v");
+  const int64_t queries = q.size(2), keys = k.size(2);
+  Tensor out = at::empty({q.size(0), q.size(1), queries + 2 * keys, q.size(3)}, q.options());
+  const Tensor q_out = out.narrow(2, 0, queries), k_out = out.narrow(2, queries, keys);
+  run_rope(q_in, &k_in, q_out, &k_out, cos, sin, std::nullopt, 0, interleaved, inverse);
+  out.narrow(2, queries + keys, keys).copy_(v);
+  return out;
+}
+
+Tensor rope_join_meta(const Tensor& q, const Tensor& k, const Tensor&, const Tensor&, const Tensor&, bool, bool) {
+  return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2) + k.sym_size(2) * 2, q.sym_size(3)}, q.options());
+}
+
 Tensor rope_meta(const Tensor& x, const Tensor&, const Tensor&, const optional<Tensor>&, SymInt, bool, bool) {
   return at::empty_like(with_contiguous_channels(x));
 }
@@ -610,6 +629,70 @@ Tensor packed_positions(const Tensor& cu_seqlens, SymInt total) {
 
 Tensor packed_positions_meta(const Tensor& cu_seqlens, SymInt total) {
   return at::empty_symint({total}, cu_seqlens.options().dtype(at::kLong));
+}
+
+// ------------------------------------------------------------------------------------------------------ embedding
+
+void embedding_gradient(Tensor kept, const Tensor& gradient, const Tensor& ids) {
+  TORCH_CHECK(kept.dim() == 2 && kept.is_contiguous() && kept.scalar_type() == at::kFloat, "megatron_ru: kept is ",
+              kept.scalar_type(), " of sizes ", kept.sizes(), ", expected float32 of [rows, hidden], contiguous");
+  TORCH_CHECK(gradient.dim() == 2 && gradient.size(1) == kept.size(1), "megatron_ru: gradient has sizes ",
+              gradient.sizes(), ", expected [tokens, ", kept.size(1), "]");
+  TORCH_CHECK(ids.dim() == 1 && ids.scalar_type() == at::kLong && ids.size(0) == gradient.size(0), "megatron_ru: ids are ",
+              ids.scalar_type(), " of sizes ", ids.sizes(), ", expected int64 of [", gradient.size(0), "]");
+  check_device(gradient, kept, "gradient");
+  check_device(ids, kept, "ids");
+  mark_changed(kept);
+  if (gradient.numel() == 0) return;
+  const c10::DeviceGuard guard(kept.device());
+  if (!kept.is_cuda()) {
+    kept.index_add_(0, ids, gradient.to(at::kFloat));
+    return;
+  }
+  const auto [sorted, order] = at::sort(ids, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const Tensor rows = gradient.contiguous();
+  EmbeddingGradient call{};
+  call.gradient = rows.const_data_ptr();
+  call.ids = sorted.const_data_ptr<int64_t>();
+  call.order = order.const_data_ptr<int64_t>();
+  call.kept = kept.mutable_data_ptr<float>();
+  call.tokens = rows.size(0);
+  call.rows = kept.size(0);
+  call.hidden = rows.size(1);
+  call.vectors = reinterpret_cast<uintptr_t>(call.gradient) % 16 == 0 && rows.size(1) * rows.element_size() % 16 == 0;
+  call.dtype = dtype_of(rows, "gradient");
+  MEGATRON_RU_LAUNCH(kept, embedding_gradient_cuda, call);
+}
+
+void embedding_gradient_meta(Tensor, const Tensor&, const Tensor&) {}
+
+// -------------------------------------------------------------------------------------------------------------- fp8
+
+std::tuple<Tensor, Tensor, Tensor> round_fp8_meta(const Tensor& x, bool e5m2) {
+  const auto kind = x.options().dtype(e5m2 ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn);
+  return {at::empty_symint({x.sym_size(0), x.sym_size(1)}, kind), at::empty_symint({x.sym_size(1), x.sym_size(0)}, kind),
+          at::empty({}, x.options().dtype(at::kFloat))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> round_fp8(const Tensor& x, bool e5m2) {
+  TORCH_CHECK(x.dim() == 2 && x.size(0) % 16 == 0 && x.size(1) % 16 == 0 && x.numel() > 0, "megatron_ru: x has sizes ",
+              x.sizes(), ", expected two of them, multiples of 16");
+  const c10::DeviceGuard guard(x.device());
+  const Tensor in = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 ? x.contiguous() : x.clone(at::MemoryFormat::Contiguous);
+  auto out = round_fp8_meta(in, e5m2);
+  const Tensor largest = at::empty({}, in.options().dtype(at::kInt));
+  RoundFp8 call{};
+  call.in = in.const_data_ptr();
+  call.out = std::get<0>(out).mutable_data_ptr();
+  call.turned = std::get<1>(out).mutable_data_ptr();
+  call.largest = static_cast<uint32_t*>(largest.mutable_data_ptr());
+  call.inverse_scale = std::get<2>(out).mutable_data_ptr<float>();
+  call.rows = in.size(0);
+  call.columns = in.size(1);
+  call.e5m2 = e5m2;
+  call.dtype = dtype_of(in, "x");
+  MEGATRON_RU_LAUNCH(in, round_fp8_cuda, call);
+  return out;
 }
 
 // ------------------------------------------------------------------------------------------------------ activations
@@ -1401,7 +1484,11 @@ TORCH_LIBRARY(megatron_ru, m) {
         "bool inverse) -> (Tensor, Tensor)");
   m.def("rope_qk_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, "
         "bool interleaved, bool inverse) -> ()");
+  m.def("rope_join(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
   m.def("packed_positions(Tensor cu_seqlens, SymInt total) -> Tensor");
+
+  m.def("round_fp8(Tensor x, bool e5m2) -> (Tensor, Tensor, Tensor)");
+  m.def("embedding_gradient_(Tensor(a!) kept, Tensor gradient, Tensor ids) -> ()");
 
   m.def("activation(Tensor x, Tensor? bias, int kind) -> Tensor");
   m.def("activation_saving(Tensor x, Tensor? bias, int kind) -> Tensor");
@@ -1441,7 +1528,9 @@ void implement_kernels(torch::Library& m) {
   m.impl("rope", rope);
   m.impl("rope_qk", rope_qk);
   m.impl("rope_qk_", rope_qk_in_place);
+  m.impl("rope_join", rope_join);
   m.impl("packed_positions", packed_positions);
+  m.impl("embedding_gradient_", embedding_gradient);
   m.impl("activation", activation_forward);
   m.impl("activation_saving", activation_forward);
   m.impl("activation_backward", activation_backward);
@@ -1461,7 +1550,11 @@ void implement_kernels(torch::Library& m) {
 }
 
 TORCH_LIBRARY_IMPL(megatron_ru, CPU, m) { implement_kernels(m); }
-TORCH_LIBRARY_IMPL(megatron_ru, CUDA, m) { implement_kernels(m); }
+TORCH_LIBRARY_IMPL(megatron_ru, CUDA, m) {
+  implement_kernels(m);
+  // On a CPU there is no product of fp8 matrices to make ready for.
+  m.impl("round_fp8", round_fp8);
+}
 
 TORCH_LIBRARY_IMPL(megatron_ru, Meta, m) {
   m.impl("norm_forward", norm_forward_meta);
@@ -1469,7 +1562,10 @@ TORCH_LIBRARY_IMPL(megatron_ru, Meta, m) {
   m.impl("rope", rope_meta);
   m.impl("rope_qk", rope_qk_meta);
   m.impl("rope_qk_", rope_qk_in_place_meta);
+  m.impl("rope_join", rope_join_meta);
   m.impl("packed_positions", packed_positions_meta);
+  m.impl("embedding_gradient_", embedding_gradient_meta);
+  m.impl("round_fp8", round_fp8_meta);
   m.impl("activation", activation_meta);
   m.impl("activation_saving", activation_meta);
   m.impl("activation_backward", activation_backward_meta);
@@ -1523,7 +1619,7 @@ TORCH_LIBRARY_IMPL(megatron_ru, Autograd, m) {
   m.impl("cross_entropy_mean", cross_entropy_mean_autograd);
   // The rest has no gradient: asking for one is an error, not a silent zero.
   for (const char* name :
-       {"norm_forward", "norm_backward", "rope_qk_", "activation_backward", "activation_backward_", "glu_backward",
+       {"norm_forward", "norm_backward", "rope_qk_", "rope_join", "embedding_gradient_", "round_fp8", "activation_backward", "activation_backward_", "glu_backward",
         "cross_entropy_one_pass", "cross_entropy_one_pass_mean", "cross_entropy_gradient_", "cross_entropy_rescale_", "cross_entropy_statistics",
         "cross_entropy_merge", "cross_entropy_backward", "cross_entropy_backward_", "zero_nonfinite_", "adamw_"})
     m.impl(name, torch::autograd::autogradNotImplementedFallback());

@@ -40,9 +40,10 @@ def page() -> str:
 
 
 def _training_flags() -> list[tuple[str, str]]:
+    from megatron_ru.engines.deepspeed.flags import add_engine_flags
     from megatron_ru.plugin.arguments import extend_parser
 
-    return _options(extend_parser(argparse.ArgumentParser(add_help=False)))
+    return _options(add_engine_flags(extend_parser(argparse.ArgumentParser(add_help=False))))
 
 
 def _options(parser: argparse.ArgumentParser) -> list[tuple[str, str]]:

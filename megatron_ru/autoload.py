@@ -1,4 +1,4 @@
-"""The `torch.backends` entry point: an unmodified Megatron-LM command line gets our flags, ranks and CPU layer.
+"""The `torch.backends` entry point: an unmodified Megatron-LM or Megatron-DeepSpeed command line gets our flags.
 
 Torch calls `activate` at the end of every `import torch` on a machine where megatron_ru is installed, so it is
 dormant unless MEGATRON_RU=1 is set, imports the standard library alone until then, and lets no exception of ours
@@ -7,9 +7,13 @@ break the import: what the user must know is printed, and the process ends.
 
 import os
 import sys
+from importlib import import_module
 from types import TracebackType
 
-_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "torch/distributed/run.py")
+_LAUNCHERS = (
+    "torchrun", "torch.distributed.run", "torch.distributed.launch", "torch/distributed/run.py",
+    "bin/deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch",
+)  # fmt: skip
 _ENTERING_ROOMS = ("commands", "engines", "hosts", "plugin", "seams")
 
 
@@ -23,10 +27,10 @@ def activate() -> None:
     if os.environ.get("MEGATRON_RU") != "1" or _is_launcher() or _is_ours():
         return
     try:
-        from megatron_ru.hosts.megatron_lm import enter
+        host = import_module(f"megatron_ru.hosts.{_host()}")
         from megatron_ru.plugin.rank_errors import exit_code_of
 
-        code = exit_code_of(lambda: enter(sys.argv[1:]), "megatron_ru")
+        code = exit_code_of(lambda: host.enter(sys.argv[1:]), "megatron_ru")
     except Exception:
         import traceback
 
@@ -39,6 +43,19 @@ def activate() -> None:
     if code:
         raise SystemExit(code)
     _tell_user_errors()
+
+
+def _host() -> str:
+    """The module of `hosts` for the checkout that the script lies in."""
+    folder = os.path.dirname(os.path.realpath(sys.argv[0] if sys.argv else ""))
+    if os.path.isfile(os.path.join(folder, "megatron", "arguments.py")):
+        from pathlib import Path
+
+        from megatron_ru.hosts.choice import is_megatron_deepspeed
+
+        if is_megatron_deepspeed(Path(folder)):
+            return "megatron_deepspeed"
+    return "megatron_lm"
 
 
 def _is_launcher() -> bool:

@@ -154,6 +154,18 @@ def test_a_mistake_of_ours_is_shown_and_does_not_look_like_a_broken_torch():
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "host"),
+    [("deepspeed.add_config_arguments(parser)", "megatron_deepspeed"), ("", "megatron_lm"), (None, "megatron_lm")],
+)
+def test_the_host_is_the_checkout_of_the_script(tmp_path, monkeypatch, arguments, host):
+    (tmp_path / "megatron").mkdir()
+    if arguments is not None:
+        (tmp_path / "megatron" / "arguments.py").write_text(arguments)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "pretrain_gpt.py"), "--lr", "1"])
+    assert autoload._host() == host
+
+
 def test_our_own_commands_enter_by_themselves():
     # They import torch while their own modules are half imported.
     done = run("-c", "import megatron_ru.plugin.arguments; print('fine')", MEGATRON_RU="1")
@@ -167,6 +179,8 @@ def test_our_own_commands_enter_by_themselves():
         (["python", "-u", "-m", "torch.distributed.launch", "script.py"], True),
         (["/venv/bin/python", "/venv/bin/torchrun", "--nproc-per-node", "2", "script.py"], True),
         (["python", "/x/torch/distributed/run.py", "script.py"], True),
+        (["/venv/bin/python", "/venv/bin/deepspeed", "--num_gpus", "2", "script.py"], True),
+        (["/venv/bin/python", "-u", "-m", "deepspeed.launcher.launch", "script.py"], True),
         (["python", "pretrain_gpt.py", "--train-iters", "5"], False),
         (["python", "pretrain_gpt.py", "--data-path", "a", "--save", "runs/torchrun"], False),
         (["python", "-c", "import torch"], False),

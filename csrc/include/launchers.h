@@ -105,6 +105,38 @@ struct PackedPositions {
 const char* packed_positions_cuda(const PackedPositions& call, Stream stream);
 void packed_positions_cpu(const PackedPositions& call);
 
+// ------------------------------------------------------------------------------------------------------ embedding
+
+// kept[ids[i], :] += gradient[order[i], :] for each i, ids ascending; an id outside the rows of kept is left out.
+struct EmbeddingGradient {
+  const void* gradient;  // [tokens, hidden], contiguous
+  const int64_t* ids;    // [tokens], ascending
+  const int64_t* order;  // [tokens]: which row of gradient belongs to the id
+  float* kept;           // [rows, hidden], contiguous
+  int64_t tokens, rows, hidden;
+  bool vectors;  // whether every row of gradient may be read in 16 bytes
+  Dtype dtype;
+};
+
+const char* embedding_gradient_cuda(const EmbeddingGradient& call, Stream stream);
+
+// -------------------------------------------------------------------------------------------------------------- fp8
+
+// out[r, c] = in[r, c] / inverse_scale, rounded to fp8, and turned[c, r] the same; the scale takes the largest magnitude
+// to the largest number of the format. A NaN or an infinity in `in` makes everything NaN.
+struct RoundFp8 {
+  const void* in;  // [rows, columns], contiguous, both multiples of 16
+  void* out;       // [rows, columns]
+  void* turned;    // [columns, rows]
+  uint32_t* largest;  // one word of scratch
+  float* inverse_scale;
+  int64_t rows, columns;
+  bool e5m2;  // else e4m3
+  Dtype dtype;
+};
+
+const char* round_fp8_cuda(const RoundFp8& call, Stream stream);
+
 // ---------------------------------------------------------------------------------------------------- activations
 
 enum class Pointwise : int { kRelu = 0, kGelu = 1, kGeluTanh = 2, kSwish = 3 };

@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     tokenize = actions.add_parser("tokenize", help="JSON Lines to .bin and .idx", description=_tokenize.__doc__)
     tokenize.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines: .jsonl, .jsonl.gz, .jsonl.zst"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON Lines or parquet: .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
     )
     tokenize.add_argument(
         "--tokenizer",
@@ -40,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that encode; the output does not depend on it (default: one for each processor)",
     )  # fmt: skip
     tokenize.add_argument(
+        "--fast-encoder", action=argparse.BooleanOptionalAction, default=True,
+        help="encode BPE by fastokens, checked against the tokenizer's own library (default: where it is installed)",
+    )  # fmt: skip
+    tokenize.add_argument(
         "--append-eod", action=argparse.BooleanOptionalAction, default=True,
         help="end each document with the tokenizer's end-of-sequence token (default: yes)",
     )  # fmt: skip
@@ -51,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--progress", action=argparse.BooleanOptionalAction, default=None,
         help="a progress bar on stderr (default: when that is a terminal)",
     )  # fmt: skip
+
+    from megatron_ru.data.actions import add_actions
+
+    add_actions(actions, _usable_processors())
 
     check = actions.add_parser("check", help="is a dataset whole?", description=_check.__doc__)
     check.add_argument("prefix", metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
@@ -65,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the action. Returns 0; raises UserError."""
-    return {"tokenize": _tokenize, "check": _check, "demo": _demo}[arguments.action](arguments)
+    from megatron_ru.data.actions import run_action
+
+    own = {"tokenize": _tokenize, "check": _check, "demo": _demo}
+    return own.get(arguments.action, run_action)(arguments)
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
@@ -88,7 +103,10 @@ def _tokenize(arguments: argparse.Namespace) -> int:
             arguments.tokenizer,
             arguments.output,
             TokeniseSettings(
-                text_field=arguments.text_field, append_eod=arguments.append_eod, workers=arguments.workers
+                text_field=arguments.text_field,
+                append_eod=arguments.append_eod,
+                workers=arguments.workers,
+                fast=arguments.fast_encoder,
             ),
             # Through the bar, so that it is drawn again below the message.
             malformed=MalformedLines(
@@ -102,6 +120,12 @@ def _tokenize(arguments: argparse.Namespace) -> int:
         f"{summary.tokens / summary.seconds:.0f} tokens/s, "
         f"{summary.text_bytes / summary.seconds / 1e6:.2f} MB/s"
     )
+    done = summary.encoder
+    if summary.slow_reason:
+        print(f"encoded by the tokenizer's own library: {summary.slow_reason}")
+    else:
+        gave_up = f", which did {done.raised} that fastokens gave up" if done.raised else ""
+        print(f"encoded by fastokens, {done.checked} of {done.pieces} pieces checked against the library{gave_up}")
     if summary.malformed:
         print(f"left out {summary.malformed} malformed lines", file=sys.stderr)
     return 0

@@ -1,1 +1,1 @@
-"""Who drives the step: Megatron-Core's training loop."""
+"""Who drives the step: Megatron-Core's training loop, around its own optimizer or around DeepSpeed's."""

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from megatron_ru.foundation.errors import TRY_AGAIN
+from megatron_ru.plugin.early_start import begin_early
 from megatron_ru.plugin.exit_signals import FLAG
 from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 from megatron_ru.plugin.rank_start import start_rank
@@ -20,6 +21,10 @@ def pretrain_gpt(words: list[str]) -> None:
     """
     start_rank(listen=FLAG in words)
     ranks = meet_ranks()
+    if (prepared := _prepared(words, ranks.local_rank)) is None:
+        return
+    words = prepared
+    begin_early(words, rank=ranks.rank, ranks=ranks.world_size, safe=True)
     _share_cores(ranks.local_world_size)
     from megatron_ru.plugin.arguments import device_of, extend_parser
 
@@ -38,6 +43,8 @@ def pretrain_gpt(words: list[str]) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_ru.engines.choice import engine_seams
+    from megatron_ru.engines.deepspeed.flags import add_engine_flags
     from megatron_ru.engines.gpt_batches import datasets_provider, forward_step
     from megatron_ru.plugin.checks import check_checkpoint_format, check_complete, check_data, check_supported
     from megatron_ru.plugin.run import install_run
@@ -50,10 +57,12 @@ def pretrain_gpt(words: list[str]) -> None:
         check_checkpoint_format(args)
         check_data(args)
         args.ru_checkpoints = args.ru_checkpoints or "safe"
-        install_run(args)
+        install_run(args, engine_seams(args))
 
     try:
-        args = parse_and_validate_args(extra_args_provider=lambda parser: extend_parser(parser, when_parsed))
+        args = parse_and_validate_args(
+            extra_args_provider=lambda parser: add_engine_flags(extend_parser(parser, when_parsed))
+        )
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     except AssertionError as error:
         raise refused_by_megatron(error) from error
@@ -77,6 +86,15 @@ def pretrain_gpt(words: list[str]) -> None:
 def main(words: list[str] | None = None) -> int:
     """Runs `pretrain_gpt` and returns its exit code: 0 trained, 2 bad input."""
     return exit_code_of(lambda: pretrain_gpt(sys.argv[1:] if words is None else words), "megatron-ru pretrain_gpt")
+
+
+def _prepared(words: list[str], local_rank: int) -> list[str] | None:
+    """The words with the data of `--ru-data`; None when preparing it was all."""
+    if not any(word.partition("=")[0] == "--ru-data" for word in words) and "RUADAPT_NO_TRAIN" not in os.environ:
+        return words
+    from megatron_ru.data.before_training import prepare_data
+
+    return prepare_data(words, local_rank)
 
 
 def _share_cores(ranks: int) -> None:

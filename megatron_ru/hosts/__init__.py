@@ -1,1 +1,1 @@
-"""How we enter a Megatron-LM checkout that nobody has touched."""
+"""How we enter a checkout of Megatron-LM or Megatron-DeepSpeed that nobody has touched."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.plugin.early_start import begin_early
 from megatron_ru.plugin.exit_signals import FLAG
 from megatron_ru.plugin.rank_errors import end_on_failure, meet_ranks
 from megatron_ru.plugin.rank_start import start_rank
@@ -50,7 +51,8 @@ def enter(words: list[str]) -> None:
         return
     _entered = True
     end_on_failure()
-    meet_ranks()
+    ranks = meet_ranks()
+    begin_early(words, rank=ranks.rank, ranks=ranks.world_size, safe=False)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_ru.plugin.arguments import device_of
 

@@ -49,8 +49,9 @@ class CoreAttention(MegatronModule):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Context [sequence, batch, heads·head_dim] from query [sequence, batch, heads, head_dim] and key, value
-        [sequence, batch, kv_heads, head_dim]; attention_mask None means causal, else True hides."""
+        """Context [sequence, batch, heads·head_dim] from query [sequence, batch, heads, head_dim] or [sequence, batch,
+        kv_heads, heads of each, head_dim] and key, value [sequence, batch, kv_heads, head_dim]; attention_mask None
+        means causal, else True hides."""
         if packed_seq_params is not None or attention_bias is not None:
             raise UserError(
                 "packed sequences and attention biases are not supported by this attention; drop --sft and "

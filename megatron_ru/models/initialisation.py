@@ -51,16 +51,13 @@ def initialisation_seams() -> list[Seam]:
     ]
 
 
-def initialise(model: nn.Module, seed: int, *, will_be_loaded: bool = False) -> None:
-    """Draws every parallel weight of a `GPTModel` stage; the result depends on the seed and the names alone.
-
-    A weight that `will_be_loaded` is not drawn, which a restart would pay for and throw away. It becomes NaN: should
-    the loading leave it out, the first loss says so.
-    """
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draws every parallel weight of a `GPTModel` stage; the result depends on the seed and the names alone."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, module, parameter in _whole_model_names(model):
         noted: ShardedDraw | None = getattr(parameter, _MARK, None)
+        device = parameter.device
         if noted is None:
             if not isinstance(module, nn.Embedding):
                 continue
@@ -68,32 +65,49 @@ def initialise(model: nn.Module, seed: int, *, will_be_loaded: bool = False) -> 
             noted, rank_, size_ = ShardedDraw(draw=draw, partition_dim=0, stride=1), 0, 1
         else:
             rank_, size_ = rank, size
+            if model.config.use_cpu_initialization:
+                # A weight that was built on meta lies where it is trained by now.
+                device = torch.device("cpu")
         stride = noted.stride
         if name.endswith("mlp.linear_fc1.weight") and module.config.gated_linear_unit:
             # Gate and up projection lie in one weight; megatron-core before 0.17 does not say so.
             stride = 2
         with torch.no_grad():
-            if will_be_loaded:
-                parameter.fill_(torch.nan)
-                continue
-            parameter.copy_(_draw_shard(noted, stride, parameter, seed, name, rank_, size_))
+            _draw_shard(noted, stride, parameter, device, _state(seed, name), rank_, size_)
+
+
+def noted_draw(parameter: Tensor) -> ShardedDraw | None:
+    """How a weight that was built under `initialisation_seams` would have been drawn; None for one that is not
+    parallel."""
+    return getattr(parameter, _MARK, None)
+
+
+def draw_weight(shard: Tensor, noted: ShardedDraw, seed: int, name: str, rank: int, size: int) -> None:
+    """Fills rank's `shard` of a weight, of `size` shards, with what the seed and its name in the whole model give."""
+    with torch.no_grad():
+        _draw_shard(noted, noted.stride, shard, shard.device, _state(seed, name), rank, size)
+
+
+def draws(parameter: nn.Parameter) -> bool:
+    """Whether `initialise` knows how this weight is drawn."""
+    return hasattr(parameter, _MARK)
 
 
 def _draw_shard(
-    noted: ShardedDraw, stride: int, parameter: Tensor, seed: int, name: str, rank: int, size: int
-) -> Tensor:
-    shape = list(parameter.shape)
-    shape[noted.partition_dim] *= size
-    whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
-    devices = [parameter.device] if parameter.is_cuda else []
+    noted: ShardedDraw, stride: int, shard: Tensor, device: torch.device, state: int, rank: int, size: int
+) -> None:
+    """Fills `shard` with its part of the whole weight, which alone is in memory on `device` meanwhile."""
+    dim, shape = noted.partition_dim, list(shard.shape)
+    shape[dim] *= size
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    devices = [device] if whole.is_cuda else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        state = _state(seed, name)
         torch.default_generator.manual_seed(state)
-        if parameter.is_cuda:
+        if whole.is_cuda:
             torch.cuda.manual_seed(state)
         noted.draw(whole)
-    blocks = whole.chunk(stride, dim=noted.partition_dim)
-    return torch.cat([block.chunk(size, dim=noted.partition_dim)[rank] for block in blocks], noted.partition_dim)
+    for own, block in zip(shard.chunk(stride, dim), whole.chunk(stride, dim), strict=True):
+        own.copy_(block.chunk(size, dim)[rank])
 
 
 def _state(seed: int, name: str) -> int:

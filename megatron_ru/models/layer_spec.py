@@ -1,10 +1,12 @@
 """The layer of a variant as a Megatron spec: Megatron's own local spec with a few fields exchanged."""
 
+import dataclasses
 import functools
 import inspect
 from typing import Any, Protocol
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -13,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.models.core_attention import CoreAttention
 from megatron_ru.models.feed_forward import with_activation
+from megatron_ru.models.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_ru.models.norms import Norm
 from megatron_ru.models.positions import SelfAttentionWithPositions
 from megatron_ru.models.post_norm import PostNormTransformerLayer
@@ -46,6 +49,10 @@ class SpecProvider:
         """Module of the feed-forward block with one of `megatron_ru.ops.activation.ACTIVATIONS`."""
         return with_activation(activation)
 
+    def fp8_linears(self) -> dict[type, type]:
+        """Megatron's linears, and those that multiply in fp8 in their place."""
+        return {ColumnParallelLinear: Fp8ColumnParallelLinear, RowParallelLinear: Fp8RowParallelLinear}
+
 
 def layer_spec(options: Any, architecture: Architecture | None, provider: SpecProvider | None = None) -> ModuleSpec:
     """The `ModuleSpec` of one transformer layer.
@@ -66,6 +73,9 @@ def layer_spec(options: Any, architecture: Architecture | None, provider: SpecPr
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if hasattr(attention.submodules, name):
             setattr(attention.submodules, name, _exchange_norm(getattr(attention.submodules, name), provider))
+    if getattr(options, "ru_fp8", None):
+        for submodules in (attention.submodules, _submodules_of(layer.mlp)):
+            _exchange_linears(submodules, provider.fp8_linears())
 
     if architecture is None:
         if getattr(options, "swiglu", False):
@@ -104,6 +114,21 @@ def _exchange_norm(norm: Any, provider: SpecProvider) -> Any:
     if norm is IdentityOp or getattr(norm, "__name__", "") == "L2Norm":
         return norm
     return provider.norm()
+
+
+def _exchange_linears(submodules: Any, replacements: dict[type, type]) -> None:
+    """Replaces linears among the fields; experts hold other classes and stay as they are."""
+    for field in dataclasses.fields(submodules) if dataclasses.is_dataclass(submodules) else ():
+        linear = getattr(submodules, field.name)
+        if isinstance(linear, type) and linear in replacements:
+            setattr(submodules, field.name, replacements[linear])
+
+
+def _submodules_of(mlp: Any) -> Any:
+    """What a ModuleSpec, or the partial of a classmethod, will build an MLP from."""
+    if isinstance(mlp, functools.partial):
+        return next((value for value in (*mlp.args, *mlp.keywords.values()) if dataclasses.is_dataclass(value)), None)
+    return getattr(mlp, "submodules", None)
 
 
 def _exchange_mlp(mlp: Any, replacement: type[MLP]) -> Any:

@@ -7,11 +7,17 @@ from torch import Tensor, nn
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.ops.layer_norm import layer_norm
-from megatron_ru.ops.rms_norm import rms_norm
+from megatron_ru.ops.rms_norm import add_rms_norm, rms_norm
+
+_BESIDE = "_megatron_ru_normed"
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension; weight [hidden]."""
+    """Root mean square norm over the last dimension; weight [hidden].
+
+    Called with a residual it computes sum and norm in one op, gives the sum, and lays the norm beside it: the next call
+    with that very tensor takes it from there.
+    """
 
     def __init__(self, hidden_size: int, eps: float, *, zero_centered: bool = False, sequence_parallel: bool = False):
         super().__init__()
@@ -19,9 +25,18 @@ class RMSNorm(nn.Module):
         self.zero_centered = zero_centered
         self.weight = _parameter(hidden_size, 0.0 if zero_centered else 1.0, sequence_parallel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised x [..., hidden], in the dtype of x."""
-        return rms_norm(x, self.weight, self.eps, self.zero_centered)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The normalised x [..., hidden], in the dtype of x; with a `residual` of x's shape and dtype, their sum."""
+        if residual is not None:
+            normed, total = add_rms_norm(x, residual, self.weight, self.eps, self.zero_centered)
+            setattr(total, _BESIDE, (self, normed))
+            return total
+        owner, normed = getattr(x, _BESIDE, (None, None))
+        if owner is not self:
+            return rms_norm(x, self.weight, self.eps, self.zero_centered)
+        # The sum lives on in the residual stream; what lay beside it need not.
+        delattr(x, _BESIDE)
+        return normed  # type: ignore[no-any-return]
 
 
 class LayerNorm(nn.Module):

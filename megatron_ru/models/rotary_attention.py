@@ -5,10 +5,12 @@ from typing import Any
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from megatron_ru.models.rotary import rotary_tables, rotates
 from megatron_ru.ops.backend import switch
+from megatron_ru.ops.qkv import rotary_qkv
 from megatron_ru.ops.rope import rope
 
 _ROPE = switch("rope")
@@ -38,12 +40,22 @@ class RotarySelfAttention(SelfAttention):
             self._angles = None
 
     def get_query_key_value_tensors(self, *arguments: Any, **keywords: Any) -> Any:
-        """Megatron's (query, key, value, and the gate if there is one); query and key [sequence, batch, heads,
-        head_dim] are rotated already while `forward` wants it so."""
-        found = super().get_query_key_value_tensors(*arguments, **keywords)
+        """Megatron's (query, key, value, and the gate if there is one); query and key are rotated already while
+        `forward` wants it so, and the query is then [sequence, batch, kv_heads, heads of each, head_dim] where it can
+        be a view of the projection, else [sequence, batch, heads, head_dim]."""
         if self._angles is None:
-            return found
-        query, key, *others = found
+            return super().get_query_key_value_tensors(*arguments, **keywords)
+        if self._takes_projection_whole(keywords):
+            mixed, _ = super().get_query_key_value_tensors(*arguments, **{**keywords, "split_qkv": False})
+            heads = mixed.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+            if rotates(heads.flatten(1, 2), self._angles) and _ROPE.takes(heads):
+                interleaved = self.config.rotary_interleaved
+                cos, sin = rotary_tables(self._angles, interleaved=interleaved, scale=self._scale)
+                return rotary_qkv(heads, cos, sin, interleaved=interleaved, in_place=True)
+            # The same cut that Megatron makes.
+            query, key, value = heads[..., :-2, :].flatten(2, 3), heads[..., -2, :], heads[..., -1, :]
+            return (*self._rotate(query, key, self._angles), value)
+        query, key, *others = super().get_query_key_value_tensors(*arguments, **keywords)
         return (*self._rotate(query, key, self._angles), *others)
 
     def _rotate(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -56,6 +68,17 @@ class RotarySelfAttention(SelfAttention):
         interleaved = self.config.rotary_interleaved
         cos, sin = rotary_tables(angles, interleaved=interleaved, scale=self._scale)
         return rope(query, key, cos, sin, interleaved=interleaved)
+
+    def _takes_projection_whole(self, keywords: dict[str, Any]) -> bool:
+        """Whether the projection's output holds nothing but whole groups of queries, their key and their value."""
+        config = self.config
+        return (
+            keywords.get("split_qkv", True)
+            and not keywords.get("output_gate")
+            and all(isinstance(norm, (type(None), IdentityOp)) for norm in (self.q_layernorm, self.k_layernorm))
+            # Fewer key heads than ranks: Megatron gathers the projection and each rank takes a part of a group.
+            and self.num_query_groups_per_partition * self.pg_collection.tp.size() == config.num_query_groups
+        )
 
     def _shared_angles(self, keywords: dict[str, Any]) -> Tensor | None:
         """The angles of queries and keys alike in a call of plain training, else None."""

@@ -145,6 +145,7 @@ class FusedAdamW(torch.optim.AdamW):
     def __init__(self, params: Any, *arguments: Any, **keywords: Any) -> None:
         self._copies: dict[Tensor, Tensor] = {}
         self._steps: dict[int, _SharedStep] = {}
+        self._factor: float | Tensor = 1.0
         super().__init__(params, *arguments, **keywords)
         # GradScaler then leaves scale and finding to us instead of asking the GPU.
         self._step_supports_amp_scaling = True
@@ -153,6 +154,7 @@ class FusedAdamW(torch.optim.AdamW):
         """What unpickling and loading a state dict call: the steps that come are not ours."""
         super().__setstate__(state)
         self.__dict__.setdefault("_copies", {})
+        self.__dict__.setdefault("_factor", 1.0)
         self._step_supports_amp_scaling = True
         self._steps = {}
 
@@ -169,6 +171,10 @@ class FusedAdamW(torch.optim.AdamW):
         """From now on each step leaves the rounded value of a parameter in its copy, bf16 or fp16 of the same size."""
         self._copies = dict(copies)
 
+    def scale_next_gradients(self, factor: float | Tensor) -> None:
+        """The next step, and it alone, takes gradients times `factor`, a number or a tensor of one."""
+        self._factor = factor
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; gives back what `closure`, which computes gradients anew, returns."""
@@ -177,13 +183,34 @@ class FusedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        factor, self._factor = self._factor, 1.0
         if not parameters:
             return loss
+        # A tensor is not looked at: its value may not have been computed yet.
+        if not isinstance(factor, Tensor) and factor == 1:
+            self._step(parameters)
+            return loss
+        given = getattr(self, "grad_scale", None)
+        if isinstance(factor, Tensor):
+            scale = factor.detach().reshape(()).float().reciprocal()
+        else:
+            scale = torch.full((), 1 / factor, dtype=torch.float32, device=parameters[0].device)
+        self.grad_scale = scale if given is None else scale * given.to(scale.device)
+        try:
+            self._step(parameters)
+        finally:
+            if given is None:
+                del self.grad_scale
+            else:
+                self.grad_scale = given
+        return loss
+
+    def _step(self, parameters: Sequence[Tensor]) -> None:
         reason = self._why_not_fused()
         if reason is not None:
             SWITCH.fell_back(parameters[0], reason or None)
             self._torch_step(parameters)
-            return loss
+            return
         found_inf = getattr(self, "found_inf", None)
         self._make_state(parameters)
         steps = self._steps_of(parameters)
@@ -195,7 +222,6 @@ class FusedAdamW(torch.optim.AdamW):
         if found_inf is not None:
             for step in steps:
                 step -= found_inf.to(step.device)
-        return loss
 
     def _why_not_fused(self) -> str | None:
         """None when `adamw` takes every group; else why not, "" for what the switch itself can tell."""

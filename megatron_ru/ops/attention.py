@@ -18,11 +18,16 @@ def attention(
 ) -> Tensor:
     """Attention output [sequence, batch, heads, head_dim] in the dtype of `query`.
 
-    query: [sequence, batch, heads, head_dim]; key, value: [sequence, batch, kv_heads, head_dim], where kv_heads
-    divides heads. mask: None for causal attention, or bool, broadcastable to [batch, 1, sequence, sequence],
-    True where a query may NOT look (Megatron's convention). `scale` defaults to 1/sqrt(head_dim). Where keys are
-    more than queries, as behind a cache, the queries are the last positions.
+    query: [sequence, batch, heads, head_dim] or, by the key head that they share, [sequence, batch, kv_heads, heads of
+    each, head_dim]; key, value: [sequence, batch, kv_heads, head_dim], where kv_heads divides heads. mask: None
+    for causal attention, or bool, broadcastable to [batch, 1, sequence, sequence], True where a query may NOT look
+    (Megatron's convention). `scale` defaults to 1/sqrt(head_dim). Where keys are more than queries, as behind a cache,
+    the queries are the last positions.
     """
+    if query.dim() == 5:
+        if mask is None and query.shape[0] == key.shape[0] and (not query.is_cuda or _has_grouped_kernel(query, mask)):
+            return _by_groups(query, key, value, scale, dropout)
+        query = query.flatten(2, 3)
     if mask is None and query.shape[0] != key.shape[0]:
         # Torch's causal attention would take them for the first positions.
         mask = _causal_mask(query, key)
@@ -43,6 +48,14 @@ def attention(
             enable_gqa=grouped,
         )  # fmt: skip
     return out.permute(2, 0, 1, 3)
+
+
+def _by_groups(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
+    """Each group of query heads as a sample of its own: what one projection holds then needs no copy, since batch and
+    groups lie there as one dimension, while the heads of all groups do not."""
+    key, value = (tensor.flatten(1, 2).unsqueeze(2) for tensor in (key, value))
+    out = attention(query.flatten(1, 2), key, value, mask=None, scale=scale, dropout=dropout)
+    return out.unflatten(1, query.shape[1:3]).flatten(2, 3)
 
 
 def _has_grouped_kernel(query: Tensor, mask: Tensor | None) -> bool:

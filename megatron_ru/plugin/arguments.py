@@ -38,6 +38,16 @@ def extend_parser(
         "evaluation.",
     )  # fmt: skip
     group.add_argument(
+        "--ru-profile", metavar="FILE", default=None,
+        help="Write to FILE, as JSON: times of the steps on the device, forward and backward apart from the rest, peak "
+        "memory, and the kernels of a few steps summed up by cause.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-profile-steps", metavar="A:B", default=None,
+        help="With --ru-profile: the steps of this run whose kernels are recorded, from 1, both included. "
+        "Left out, 8:10.",
+    )  # fmt: skip
+    group.add_argument(
         "--ru-validate-from-start", action="store_true",
         help="Evaluate before the first step too, and on the same validation samples every time.",
     )  # fmt: skip
@@ -47,9 +57,25 @@ def extend_parser(
         "layout (whole), or leave the drawing to Megatron.",
     )  # fmt: skip
     group.add_argument(
+        "--ru-meta-init", choices=["auto", "on", "off"], default="auto",
+        help="Build the model without memory and give each weight its own at once where it is trained, so that the "
+        "host never holds the model and a restart draws nothing. auto: where every weight is drawn whole or will be "
+        "loaded, and FSDP is not used. The weights are the same as with off.",
+    )  # fmt: skip
+    group.add_argument(
         "--ru-ops", metavar="LIST", default="all",
         help="Fused ops to use: all, none, or names with commas between them: rms_norm, layer_norm, rope, activation, "
-        "cross_entropy, adamw. What is left out runs as Megatron and torch run it.",
+        "cross_entropy, embedding, adamw. What is left out runs as Megatron and torch run it.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-attention", choices=["fused", "plain"], default="fused",
+        help="fused: attention by the fastest kernel that torch has, without the scores in memory. plain: scores, "
+        "softmax and their product with the values one after the other, to compare with.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-fp8", choices=["tensorwise"], default=None,
+        help="Multiply in fp8 in the linear layers of the transformer blocks, each matrix with one scale of its own, "
+        "Hopper and Ada. Weights, the optimizer and everything else stay as they are.",
     )  # fmt: skip
     group.add_argument(
         "--ru-exit-signals", action="store_true",
@@ -80,6 +106,16 @@ def extend_parser(
     group.add_argument(
         "--ru-keep-every", type=int, metavar="M", default=None,
         help="With --ru-keep: keep every checkpoint whose step is a multiple of M, too.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-data", metavar="CONFIG", default=None,
+        help="Before training, run the pipeline of this file on the first rank of each node, as far as it is not done "
+        "already, and train on what it made. With RUADAPT_NO_TRAIN=1 in the environment that is all.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-packed", action=argparse.BooleanOptionalAction, default=None,
+        help="Read the documents of the datasets as blocks: each sample is one block, its padding and its last "
+        "position have no loss. Left out, that is so where PREFIX.packed.json says that a dataset is packed.",
     )  # fmt: skip
     _mend_help(parser)
     _set_machine_defaults(parser)
@@ -116,12 +152,14 @@ def _set_machine_defaults(parser: argparse.ArgumentParser) -> None:
         "transformer_impl": "local",
         # Kernels of Apex and TransformerEngine that our modules do not call.
         "no_persist_layer_norm": True,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": _ByDefault(1),
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         # Attention is causal without a [sequence, sequence] mask in every batch.
         "create_attention_mask_in_dataloader": "--reset-attention-mask" in sys.argv,
         "make_vocab_size_divisible_by": _ByDefault(128),
+        # The other modes ask all ranks in each step whether to repeat it. A NaN in the loss ends the run here too.
+        "rerun_mode": "disabled",
         # Megatron's default is None, with which its sample counts fail.
         "eval_interval": 1000,
     }
@@ -175,6 +213,11 @@ def _finish(args: argparse.Namespace) -> None:
         # the padded vocabulary, and with it the loss and the checkpoints, the same in every layout.
         size = args.tensor_model_parallel_size
         args.make_vocab_size_divisible_by = 128 // math.gcd(128, size)
+    if isinstance(args.gradient_accumulation_fusion, _ByDefault):
+        # These keep gradients elsewhere than in Megatron's buffer.
+        others = ("use_torch_fsdp2", "use_megatron_fsdp")
+        other_engine = getattr(args, "engine", "megatron") not in (None, "megatron")
+        args.gradient_accumulation_fusion = not (other_engine or any(getattr(args, name, False) for name in others))
     if CPU_DEVICE.installed and args.distributed_backend == "nccl":
         raise UserError("--distributed-backend nccl needs GPUs, but this run is on the CPU; drop the flag, or use gloo")
     if args.tokenizer_type is None:

@@ -47,18 +47,23 @@ def _load(build: bool) -> None:
         return
     import megatron.core.datasets
 
-    source = Path(next(iter(megatron.core.datasets.__path__))) / "helpers.cpp"
-    library = _cache_path(source)
+    load_helpers(_MODULE, Path(next(iter(megatron.core.datasets.__path__))) / "helpers.cpp", build=build)
+
+
+def load_helpers(name: str, source: Path, *, build: bool) -> None:
+    """Makes the module `name` of this process from the C++ file `source`, compiled into the cache by whoever may
+    `build`; without a compiled one there, others do nothing."""
+    library = _cache_path(source, name.rpartition(".")[2])
     if not library.exists():
         if not build:
             return
         _compile(source, library)
-    spec = importlib.util.spec_from_file_location(_MODULE, library)
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules[_MODULE] = module
+    sys.modules[name] = module
 
 
 def _is_importable() -> bool:
@@ -69,10 +74,10 @@ def _is_importable() -> bool:
     return True
 
 
-def _cache_path(source: Path) -> Path:
+def _cache_path(source: Path, name: str = "helpers_cpp") -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_ru" / "dataset_helpers"
     key = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    return folder / key / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return folder / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _compile(source: Path, library: Path) -> None:

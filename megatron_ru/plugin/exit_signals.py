@@ -112,26 +112,32 @@ def stop_listening() -> None:
         _listener = None
 
 
-def exit_signal_seams(args: argparse.Namespace, listener: ExitSignals) -> list[Seam]:
-    """The seams of one run, whose `args` ask Megatron to look for signals from now on; raises `UserError` beside
-    Megatron's other answer to signals."""
+def exit_signal_seams(
+    args: argparse.Namespace,
+    listener: ExitSignals,
+    *,
+    training: str = "megatron.training.training",
+    handler: str = "megatron.training.global_vars:DistributedSignalHandler",
+) -> list[Seam]:
+    """The seams of one run, on the module `training` and on the class `handler`, whose `args` ask Megatron to look for
+    signals from now on; raises `UserError` beside Megatron's other answer to signals."""
     if getattr(args, "exit_signal_handler_for_training", False):
         raise UserError(
             f"--exit-signal-handler-for-training ends a run without a checkpoint, and {FLAG} (or a guard) ends it "
             "with one; drop one of them"
         )
-    if args.exit_signal_handler:
+    if args.exit_signal_handler and hasattr(args, "exit_signal"):
         listener.listen((args.exit_signal,))
     args.exit_signal_handler = True
     return [
         Seam(
-            target="megatron.training.global_vars:DistributedSignalHandler",
+            target=handler,
             make=lambda original: lambda sig=None: listener,
             expects=("sig",),
             reason="Megatron looks for one signal, and waits for the answer of all ranks in every step",
         ),
         Seam(
-            target="megatron.training.training:train",
+            target=f"{training}:train",
             make=functools.partial(_with_exit_code, listener),
             reason="Megatron exits with code 0 whether the last iteration was reached or not",
         ),

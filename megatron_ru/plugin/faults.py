@@ -59,8 +59,8 @@ def faults_of(environ: Mapping[str, str]) -> list[Fault]:
     return [fault for fault in faults if fault.rank == rank and fault.attempt in (attempt, None)]
 
 
-def fault_seams(faults: list[Fault]) -> list[Seam]:
-    """The seam on the training step, none without faults."""
+def fault_seams(faults: list[Fault], *, training: str = "megatron.training.training") -> list[Seam]:
+    """The seam on the training step of the module `training`, none without faults."""
     if not faults:
         return []
 
@@ -77,7 +77,7 @@ def fault_seams(faults: list[Fault]) -> list[Seam]:
 
         return train_step
 
-    return [Seam(target="megatron.training.training:train_step", make=make, reason="nothing fails on request there")]
+    return [Seam(target=f"{training}:train_step", make=make, reason="nothing fails on request there")]
 
 
 def _fault(text: str) -> Fault:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_ru.models.rotary import rotary_tables, rotates
 from megatron_ru.ops.activation import activation
-from megatron_ru.ops.adamw import FusedAdamW
 from megatron_ru.ops.backend import Switch, selected, switch
 from megatron_ru.ops.cross_entropy import cross_entropy, vocab_parallel_cross_entropy
 from megatron_ru.ops.rope import rope
+from megatron_ru.plugin.optimizer_step import MegatronAdamW, optimizer_step_seams
 from megatron_ru.seams.seam import Seam
+from megatron_ru.seams.stand_in import stand_in
 
 _ROPE = switch("rope")
 _ACTIVATION = switch("activation")
@@ -37,7 +38,7 @@ def fused_op_seams() -> list[Seam]:
     return [seam for name, seams in places.items() if name in chosen for seam in seams()]
 
 
-def _takes(op: Switch, tensor: Tensor) -> bool:
+def takes(op: Switch, tensor: Tensor) -> bool:
     """Whether the op's compiled form runs on the tensor; where not the reason is logged, and Megatron's own runs."""
     taken = op.takes(tensor)
     if not taken:
@@ -67,9 +68,9 @@ def _rotation(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def rotate(t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *others: Any, **keywords: Any) -> Tensor:
         # The others: interleaving as latent attention has it, the inverse, later ones.
         asked = others or any(value for name, value in keywords.items() if name != "mscale")
-        if asked or not rotates(t, freqs) or not _takes(_ROPE, t):
+        if asked or not rotates(t, freqs) or not takes(_ROPE, t):
             return original(t, freqs, rotary_interleaved, *others, **keywords)
-        return _rotated(t, freqs, rotary_interleaved, keywords.get("mscale", 1.0))
+        return rotated(t, freqs, rotary_interleaved, keywords.get("mscale", 1.0))
 
     return rotate
 
@@ -80,14 +81,14 @@ def _fused_rotation(original: Callable[..., Tensor] | None) -> Callable[..., Ten
         return None
 
     def rotate(t: Tensor, freqs: Tensor, *others: Any, interleaved: bool = False, **keywords: Any) -> Tensor:
-        if others or any(keywords.values()) or not rotates(t, freqs) or not _takes(_ROPE, t):
+        if others or any(keywords.values()) or not rotates(t, freqs) or not takes(_ROPE, t):
             return original(t, freqs, *others, interleaved=interleaved, **keywords)
-        return _rotated(t, freqs, interleaved, 1.0)
+        return rotated(t, freqs, interleaved, 1.0)
 
     return rotate
 
 
-def _rotated(t: Tensor, freqs: Tensor, interleaved: bool, scale: float) -> Tensor:
+def rotated(t: Tensor, freqs: Tensor, interleaved: bool, scale: float) -> Tensor:
     cos, sin = rotary_tables(freqs, interleaved=interleaved, scale=scale)
     return rope(t, None, cos, sin, interleaved=interleaved)[0]
 
@@ -101,15 +102,20 @@ def _activation_seams() -> list[Seam]:
             expects=("input", "bias"),
             reason=reason,
         ),
-        Seam(target="megatron.core.transformer.mlp:bias_gelu_impl", make=_bias_gelu, reason=reason),
+        bias_gelu_seam("megatron.core.transformer.mlp", reason),
     ]
+
+
+def bias_gelu_seam(module: str, reason: str) -> Seam:
+    """The seam on the fused bias and GELU (the tanh form) that `module` calls."""
+    return Seam(target=f"{module}:bias_gelu_impl", make=_bias_gelu, reason=reason)
 
 
 def _bias_swiglu(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def bias_swiglu(input: Tensor, bias: Tensor | None, *others: Any, **keywords: Any) -> Tensor:
         # The others: a store in fp8, offloading to the CPU, and since 0.20 a bound of the values.
         asked = any(value not in (False, None) for value in (*others, *keywords.values()))
-        if asked or not _takes(_ACTIVATION, input):
+        if asked or not takes(_ACTIVATION, input):
             return original(input, bias, *others, **keywords)
         return activation(input, bias, "swiglu")
 
@@ -118,7 +124,7 @@ def _bias_swiglu(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _bias_gelu(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def bias_gelu(input: Tensor, bias: Tensor) -> Tensor:
-        if not _takes(_ACTIVATION, input):
+        if not takes(_ACTIVATION, input):
             return original(input, bias)
         return activation(input, bias, "gelu_tanh")
 
@@ -133,18 +139,23 @@ def _cross_entropy_seams() -> list[Seam]:
             expects=("vocab_parallel_logits", "target", "tp_group"),
             reason="the loss of --cross-entropy-loss-fusion, whose own gradient is rounded to bf16 in fp32 runs too",
         ),
-        Seam(
-            target="megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
-            make=_plain_cross_entropy,
-            expects=("vocab_parallel_logits", "target", "label_smoothing"),
-            reason="the loss without --cross-entropy-loss-fusion, whose logits are copied to fp32 first",
-        ),
+        cross_entropy_seam(),
     ]
+
+
+def cross_entropy_seam() -> Seam:
+    """The seam on the loss that every Megatron has, Megatron-DeepSpeed's too."""
+    return Seam(
+        target="megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
+        make=_plain_cross_entropy,
+        expects=("vocab_parallel_logits", "target", "label_smoothing"),
+        reason="the loss without --cross-entropy-loss-fusion, whose logits are copied to fp32 first",
+    )
 
 
 def _fused_cross_entropy(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def fused_vocab_parallel_cross_entropy(vocab_parallel_logits: Tensor, target: Tensor, tp_group: Any) -> Tensor:
-        if not _takes(_CROSS_ENTROPY, vocab_parallel_logits):
+        if not takes(_CROSS_ENTROPY, vocab_parallel_logits):
             return original(vocab_parallel_logits, target, tp_group)
         return _loss(vocab_parallel_logits, target, tp_group)
 
@@ -155,7 +166,7 @@ def _plain_cross_entropy(original: Callable[..., Tensor]) -> Callable[..., Tenso
     def vocab_parallel_cross_entropy(
         vocab_parallel_logits: Tensor, target: Tensor, label_smoothing: float = 0.0, tp_group: Any = None
     ) -> Tensor:
-        if not _takes(_CROSS_ENTROPY, vocab_parallel_logits):
+        if not takes(_CROSS_ENTROPY, vocab_parallel_logits):
             # Up to 0.18 it has no group to be told.
             group = {} if tp_group is None else {"tp_group": tp_group}
             return original(vocab_parallel_logits, target, label_smoothing, **group)
@@ -200,20 +211,14 @@ def _adamw_seams() -> list[Seam]:
             target="megatron.core.optimizer:torch",
             make=_torch_with_our_adamw,
             reason="the optimizer is built as torch.optim.AdamW, by that name",
-        )
+        ),
+        *optimizer_step_seams(),
     ]
 
 
 def _torch_with_our_adamw(original: ModuleType) -> ModuleType:
-    """`torch` as megatron.core.optimizer alone sees it, with `FusedAdamW` under the name torch.optim.AdamW."""
-    seen = _stand_in(original)
-    seen.optim = optim = _stand_in(original.optim)  # type: ignore[attr-defined]
-    optim.AdamW = FusedAdamW  # type: ignore[attr-defined]
+    """`torch` as megatron.core.optimizer alone sees it, with `MegatronAdamW` under the name torch.optim.AdamW."""
+    seen = stand_in(original)
+    seen.optim = optim = stand_in(original.optim)  # type: ignore[attr-defined]
+    optim.AdamW = MegatronAdamW  # type: ignore[attr-defined]
     return seen
-
-
-def _stand_in(module: ModuleType) -> ModuleType:
-    """A module that finds in `module` whatever it is not given itself."""
-    made = ModuleType(module.__name__, module.__doc__)
-    made.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
-    return made

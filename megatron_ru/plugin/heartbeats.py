@@ -54,32 +54,37 @@ def tell_failure(error: BaseException) -> None:
         _current.failed(error)
 
 
-def heartbeat_seams(heartbeat: Heartbeat) -> list[Seam]:
-    """The seams on the loop, on evaluation and on saving of one run."""
+def heartbeat_seams(
+    heartbeat: Heartbeat,
+    *,
+    training: str = "megatron.training.training",
+    evaluation_step: str | None = "megatron.training.ft_integration:on_eval_step_end",
+) -> list[Seam]:
+    """The seams on the loop (in the module `training`), on evaluation (a function that is called after each of its
+    steps; None: there is none) and on saving of one run."""
     reason = "Megatron tells its progress to one fault-tolerance package only"
-    return [
+    seams = [
         Seam(
-            target="megatron.training.training:train",
+            target=f"{training}:train",
             make=functools.partial(_before_training, heartbeat),
             reason=reason,
         ),
         Seam(
-            target="megatron.training.training:training_log",
+            target=f"{training}:training_log",
             make=functools.partial(_after_step, heartbeat),
             expects=("iteration",),
             reason=reason,
         ),
         Seam(
-            target="megatron.training.ft_integration:on_eval_step_end",
-            make=functools.partial(_after_evaluation_iteration, heartbeat),
-            reason=reason,
-        ),
-        Seam(
-            target="megatron.training.training:save_checkpoint",
+            target=f"{training}:save_checkpoint",
             make=functools.partial(_around_saving, heartbeat),
             reason=reason,
         ),
     ]
+    if evaluation_step is not None:
+        make = functools.partial(_after_evaluation_iteration, heartbeat)
+        seams.append(Seam(target=evaluation_step, make=make, reason=reason))
+    return seams
 
 
 def _before_training(heartbeat: Heartbeat, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -138,6 +138,10 @@ class NanGradients:
         had any, counted again in each step, and losses that were none; empty when there was nothing."""
         return self._report
 
+    def before_reduction(self, reduced: Reduced) -> None:
+        """Guards what one reduction carries, and remembers what it found until the step ends."""
+        self._found.append((guard(reduced, self._policy == "rescale"), reduced.parameters))
+
     def finite_loss(self, total: Tensor, tokens: Tensor) -> Tensor:
         """[2]: the sum of a micro-batch's losses and the number of its tokens, for the log; zeros where it is none."""
         finite = total.detach().isfinite()
@@ -154,7 +158,7 @@ class NanGradients:
                 if reduced is None:
                     reduced = group._ru_reduced = _reduced_by(group)
                 if reduced.gradients:
-                    self._found.append((guard(reduced, self._policy == "rescale"), reduced.parameters))
+                    self.before_reduction(reduced)
             return original(group, *arguments, **keywords)
 
         return start_grad_sync
@@ -264,27 +268,16 @@ def check_nan_policy(args: Any) -> None:
             )
 
 
-def _reduced_by(group: Any) -> Reduced:
+def reduction(parameters: Sequence[Any], gradients: Sequence[Tensor], data_groups: Sequence[Any]) -> Reduced:
+    """What a reduction over these groups carries. `gradients` is not empty."""
     from megatron.core import mpu
 
-    parameters, gradients, replicated = [], [], []
-    for bucket in group.buckets:
-        apart = {id(parameter) for parameter in getattr(bucket, "params_with_extra_main_grads", ())}
-        for parameter in bucket.params_list:
-            start, end = bucket.param_to_index[parameter]
-            gradient = parameter.main_grad if id(parameter) in apart else bucket.grad_data[start:end]
-            # Experts are spread over groups of their own, and have no replicas among the tensor-parallel ranks.
-            if not getattr(parameter, "tensor_model_parallel", False) and getattr(parameter, "allreduce", True):
-                replicated.append(len(parameters))
-            parameters.append(parameter)
-            gradients.append(gradient)
-    config = group.ddp_config
-    if config.use_distributed_optimizer:
-        data_groups = [group.intra_distributed_optimizer_instance_group]
-        if config.num_distributed_optimizer_instances > 1:
-            data_groups.append(group.inter_distributed_optimizer_instance_group)
-    else:
-        data_groups = [group.data_parallel_group]
+    # Experts are spread over groups of their own, and have no replicas among the tensor-parallel ranks.
+    replicated = [
+        place
+        for place, parameter in enumerate(parameters)
+        if not getattr(parameter, "tensor_model_parallel", False) and getattr(parameter, "allreduce", True)
+    ]
     spread = mpu.get_tensor_model_parallel_world_size() > 1 and bool(replicated)
     return Reduced(
         parameters=parameters,
@@ -294,6 +287,24 @@ def _reduced_by(group: Any) -> Reduced:
         tensor_group=mpu.get_tensor_model_parallel_group() if spread else None,
         data_groups=data_groups,
     )
+
+
+def _reduced_by(group: Any) -> Reduced:
+    parameters, gradients = [], []
+    for bucket in group.buckets:
+        apart = {id(parameter) for parameter in getattr(bucket, "params_with_extra_main_grads", ())}
+        for parameter in bucket.params_list:
+            start, end = bucket.param_to_index[parameter]
+            gradients.append(parameter.main_grad if id(parameter) in apart else bucket.grad_data[start:end])
+            parameters.append(parameter)
+    config = group.ddp_config
+    if config.use_distributed_optimizer:
+        data_groups = [group.intra_distributed_optimizer_instance_group]
+        if config.num_distributed_optimizer_instances > 1:
+            data_groups.append(group.inter_distributed_optimizer_instance_group)
+    else:
+        data_groups = [group.data_parallel_group]
+    return reduction(parameters, gradients, data_groups)
 
 
 def _device() -> torch.device:

@@ -1,14 +1,12 @@
 """`--ru-checkpoints safe`: whole checkpoints, for our entry and for an unmodified Megatron-LM."""
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.plugin.early_start import threads_of_a_rank
 from megatron_ru.seams.seam import Seam
-
-_MOST_THREADS = 8
 
 
 def safe_checkpoint_seams(args: argparse.Namespace, report: Callable[[dict[str, Any]], None]) -> list[Seam]:
@@ -22,7 +20,7 @@ def safe_checkpoint_seams(args: argparse.Namespace, report: Callable[[dict[str, 
             raise UserError("--ru-keep and --ru-keep-every need --ru-checkpoints safe; add it, or drop them")
         return []
     _check_retention(args)
-    threads = _threads()
+    threads = threads_of_a_rank()
     seams = []
     if args.load or getattr(args, "pretrained_checkpoint", None):
         from megatron_ru.plugin.safe_loading import SafeLoading
@@ -47,9 +45,3 @@ def _check_retention(args: argparse.Namespace) -> None:
             raise UserError("--save-retain-interval and --ru-keep both say what to keep; drop one of them")
         # The same by our hands: Megatron deletes what its own tracker named before.
         args.ru_keep, args.ru_keep_every, args.save_retain_interval = 1, interval, None
-
-
-def _threads() -> int:
-    """How many threads of this rank read and sum: its share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
-    return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // ranks))

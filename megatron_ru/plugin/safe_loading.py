@@ -17,7 +17,11 @@ from megatron_ru.checkpoints.ranks import Alone, Ranks
 from megatron_ru.checkpoints.retention import bring_back, sweep
 from megatron_ru.checkpoints.selection import Selection, select
 from megatron_ru.checkpoints.wholeness import share_problems
+from megatron_ru.plugin.early_start import early_problems
+from megatron_ru.plugin.fast_reading import fast_reading_seams
+from megatron_ru.plugin.needless_copies import NeedlessCopies
 from megatron_ru.plugin.ranks_together import RanksTogether, ranks_have_met
+from megatron_ru.plugin.warm_up import warm_up_seams
 from megatron_ru.seams.seam import Seam
 
 
@@ -33,6 +37,8 @@ class SafeLoading:
         """The seams of one run."""
         reason = "Megatron takes the tracker at its word"
         return [
+            *fast_reading_seams(self._threads),
+            *warm_up_seams(),
             Seam(target="megatron.training.training:load_checkpoint", make=self._around_load, reason=reason),
             Seam(target="megatron.training.checkpointing:read_metadata", make=self._reading,
                  expects=("tracker_filename",), reason=reason),
@@ -72,6 +78,9 @@ class SafeLoading:
                 bring_back(folder)
 
         def check_share(place: Path) -> list[str]:
+            known = early_problems(place, ranks.rank, ranks.size)
+            if known is not None:
+                return known
             return share_problems(place, ranks.rank, ranks.size, threads=self._threads)
 
         return select(folder, ranks, check_share, step=getattr(self._args, "ckpt_step", None) or None)
@@ -104,7 +113,8 @@ class SafeLoading:
             # Without a tracker there, Megatron would prefer these weights to the checkpoint.
             args.pretrained_checkpoint = None
         try:
-            return load()
+            with NeedlessCopies():
+                return load()
         finally:
             args.ckpt_step, args.pretrained_checkpoint = before
 

@@ -34,12 +34,14 @@ class StartupTimes:
         self._open: list[str] = []
         self._done = False
 
-    def seams(self) -> list[Seam]:
-        """The seams of one run; install them after those whose time counts as theirs."""
+    def seams(
+        self, *, training: str = "megatron.training.training", initialize: str = "megatron.training.initialize"
+    ) -> list[Seam]:
+        """The seams of one run, on the modules `training` and `initialize`; install them after those whose time counts
+        as theirs."""
         reason = "Megatron logs the time of some of these parts, and not where the rest is"
-        training = "megatron.training.training"
         parts = {
-            "megatron.training.initialize:_initialize_distributed": "process_group",
+            f"{initialize}:_initialize_distributed": "process_group",
             f"{training}:setup_model_and_optimizer": "build",
             f"{training}:load_checkpoint": "load",
             f"{training}:build_train_valid_test_data_iterators": "datasets",

@@ -19,13 +19,21 @@ class StepMetrics:
     `{"iteration", "validation lm loss", "seconds"}` after each evaluation (`test` instead of `validation` for the
     test set, `validation-1`, `validation-2`, ... where there are several validation sets).
 
-    `beside` gives what else belongs into the line of a step.
+    `beside` gives what else belongs into the line of a step, `training` is the module with Megatron's loop.
     The last rank writes, because it holds the loss. `seconds` is the time since the previous line. Floats carry
     every digit, so two runs can be compared bit for bit.
     """
 
-    def __init__(self, path: str, every: int, beside: Callable[[], dict[str, int]] = dict):
+    def __init__(
+        self,
+        path: str,
+        every: int,
+        beside: Callable[[], dict[str, int]] = dict,
+        *,
+        training: str = "megatron.training.training",
+    ):
         self._path = Path(path)
+        self._training = training
         self._every = every
         self._beside_step = beside
         self._since = time.perf_counter()
@@ -34,7 +42,7 @@ class StepMetrics:
     def seam(self) -> Seam:
         """The seam on Megatron's own logging, which hands out the losses after the data-parallel reduction."""
         return Seam(
-            target="megatron.training.training:training_log",
+            target=f"{self._training}:training_log",
             make=self._beside,
             expects=("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
             reason="Megatron offers step losses to its own writers only",
@@ -44,9 +52,9 @@ class StepMetrics:
         """The seams on evaluation: one sees the losses, the other knows the iteration and the set."""
         reason = "Megatron offers evaluation losses to its own writers only"
         return [
-            Seam(target="megatron.training.training:evaluate", make=self._seeing, reason=reason),
+            Seam(target=f"{self._training}:evaluate", make=self._seeing, reason=reason),
             Seam(
-                target="megatron.training.training:evaluate_and_print_results",
+                target=f"{self._training}:evaluate_and_print_results",
                 make=self._reporting,
                 expects=("prefix", "iteration"),
                 reason=reason,

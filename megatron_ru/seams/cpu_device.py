@@ -117,6 +117,8 @@ class DeviceToCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.pin_memory:
             return args[0]
+        if func is torch.Tensor.backward and args[0].numel() == 1:
+            return self._backward(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.type:
@@ -129,6 +131,20 @@ class DeviceToCpu(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
+
+    def _backward(
+        self, tensor: torch.Tensor, gradient: torch.Tensor | None = None, retain_graph: bool | None = None,
+        create_graph: bool = False, inputs: Any = None,
+    ) -> None:  # fmt: skip
+        """`tensor.backward()` inside the mode: it is off while it answers, and backward passes create tensors too."""
+        leaves = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
+        start = torch.ones_like(tensor) if gradient is None else gradient
+        keep = create_graph if retain_graph is None else retain_graph
+        with self:
+            # Where torch's own function ends; before that it would come back here.
+            torch.autograd.Variable._execution_engine.run_backward(
+                (tensor,), (start,), keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
+            )
 
 
 def _on_cpu(value: Any) -> Any:

@@ -17,7 +17,8 @@ class Seam:
 
     `make(original)` gives the replacement; `expects` are the parameter names that the original must accept
     (a call signature that moved is an error, not a surprise at step 5000); `reason` says why the host offers
-    no door. `optional` seams are skipped where the host has no such name.
+    no door. `optional` seams are skipped where the host has no such name; with `creates` a missing name is made, and
+    `make` gets None: a failed import leaves its users without the name.
     """
 
     target: str
@@ -26,6 +27,7 @@ class Seam:
     reason: str
     expects: tuple[str, ...] = ()
     optional: bool = False
+    creates: bool = False
     _installed: bool = field(default=False, init=False, repr=False)
     _own: Any = field(default=_MISSING, init=False, repr=False)
     """What the owner's own dictionary held: a class may inherit the name, or hold it as a classmethod."""
@@ -41,6 +43,8 @@ class Seam:
             return True
         owner, attribute = self._owner()
         original = getattr(owner, attribute, _MISSING) if owner is not None else _MISSING
+        if original is _MISSING and self.creates and owner is not None:
+            original = None
         if original is _MISSING:
             if self.optional:
                 return False

@@ -1,4 +1,4 @@
-"""JSON Lines, one document to a line: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, read as a stream.
+"""JSON Lines, one document to a line: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, and `.parquet`, read as a stream.
 
 A line that is not a document is *malformed*: bad UTF-8, bad JSON, something other than an object, or a text
 field that is missing or not a string. By default the first one ends the reading with its `file:line`, because
@@ -117,14 +117,18 @@ def write_documents(path: str | os.PathLike[str], documents: Iterable[Document])
     return count
 
 
-def read_lines(files: Iterable[str | os.PathLike[str]]) -> Iterator[RawLine]:
-    """Yields the lines of `files` that are not blank, undecoded.
+def read_lines(files: Iterable[str | os.PathLike[str]], only_field: str | None = None) -> Iterator[RawLine]:
+    """Yields the lines of `files` that are not blank, undecoded; of a `.parquet` its rows, written as JSON.
 
-    Raises UserError for a file that cannot be read to its end.
+    With `only_field` nothing else is read from a parquet file. Raises UserError for a file that cannot be read to its
+    end.
     """
     for path in map(Path, files):
         name = str(path)
         require_readable_file(path)
+        if path.suffix == ".parquet":
+            yield from _parquet_lines(name, only_field)
+            continue
         try:
             with path.open("rb") as stored, _decompressed(path, stored) as stream:
                 for number, content in enumerate(stream, start=1):
@@ -138,6 +142,13 @@ def read_lines(files: Iterable[str | os.PathLike[str]]) -> Iterator[RawLine]:
             raise UserError(f"{name} is not sound gzip ({error}); get it again, or rename it if it is no .gz") from None
         except OSError as error:
             raise UserError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def _parquet_lines(name: str, only_field: str | None) -> Iterator[RawLine]:
+    from megatron_ru.text.parquet import read_rows
+
+    for number, content, position in read_rows(name, only_field):
+        yield RawLine(name, number, content, position)
 
 
 def require_readable_file(path: str | os.PathLike[str]) -> None:

@@ -19,6 +19,8 @@ class Fertility:
     documents: int
     characters: int
     """Unicode code points, white space included."""
+    bytes: int
+    """Of UTF-8."""
     words: int
     """Runs of characters between white space."""
     tokens: int
@@ -29,6 +31,11 @@ class Fertility:
         return self.characters / self.tokens if self.tokens else 0.0
 
     @property
+    def bytes_per_token(self) -> float:
+        """Higher is coarser, and Russian looks coarser than English: its letters have two bytes. 0 without tokens."""
+        return self.bytes / self.tokens if self.tokens else 0.0
+
+    @property
     def tokens_per_word(self) -> float:
         """Lower is coarser; 0 without words."""
         return self.tokens / self.words if self.words else 0.0
@@ -36,13 +43,14 @@ class Fertility:
 
 def measure_fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> Fertility:
     """The counts over `texts`, which are read once."""
-    documents = characters = words = tokens = 0
+    documents = characters = size = words = tokens = 0
     for batch in batched(texts, 64):
         documents += len(batch)
         characters += sum(map(len, batch))
+        size += sum(len(text.encode("utf-8")) for text in batch)
         words += sum(len(text.split()) for text in batch)
         tokens += sum(map(len, tokenizer.encode_batch(batch)))
-    return Fertility(documents=documents, characters=characters, words=words, tokens=tokens)
+    return Fertility(documents=documents, characters=characters, bytes=size, words=words, tokens=tokens)
 
 
 def digit_pieces(tokenizer: Tokenizer) -> list[str]:

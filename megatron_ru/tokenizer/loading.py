@@ -25,6 +25,9 @@ class Tokenizer(Protocol):
     eod: int | None
     """The id that ends a document (the tokenizer's end-of-sequence token), None when it has none."""
 
+    pad: int | None
+    """The id of padding, None when the tokenizer has none."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; nothing is added before or behind, no control token is recognised in it."""
 
@@ -39,6 +42,9 @@ class Tokenizer(Protocol):
 
     def text_pieces(self) -> list[str]:
         """The pieces that text is made of: neither control tokens nor the tokens of single bytes."""
+
+    def control_pieces(self) -> list[str]:
+        """The control tokens as they are spelled, by id."""
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -72,6 +78,8 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         eos: int = self._processor.eos_id()
         self.eod = eos if eos >= 0 else None
+        pad: int = self._processor.pad_id()
+        self.pad = pad if pad >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -95,6 +103,12 @@ class SentencePieceTokenizer:
             if not (model.is_control(token) or model.is_byte(token) or model.is_unknown(token))
         ]
 
+    def control_pieces(self) -> list[str]:
+        model = self._processor
+        return [
+            piece for token, piece in enumerate(self.pieces()) if model.is_control(token) or model.is_unknown(token)
+        ]
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`; a `tokenizer_config.json` beside it may name the end-of-sequence token."""
@@ -111,17 +125,22 @@ class HuggingFaceTokenizer:
             for token in description.get("added_tokens") or []:
                 # Only tokens called special are left alone by encode_special_tokens below.
                 token["special"] = bool(token["special"]) or token["content"] in control.values()
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self.description: dict[str, Any] = {**description, "truncation": None, "padding": None}
+            """The parsed file; every control token in it is called special."""
+            self.definition = json.dumps(self.description, ensure_ascii=False)
+            """The same as text."""
+            self.roles = control
+            """The control tokens by role (`eos_token`, ...)."""
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.definition)
         except OSError as error:
             raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.eod: int | None = ids.get(control.get("eos_token", ""))
+        self.pad: int | None = ids.get(control.get("pad_token", ""))
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def encode(self, text: str) -> list[int]:
@@ -145,9 +164,15 @@ class HuggingFaceTokenizer:
             if piece and token not in self._special and not _is_byte_piece(piece)
         ]
 
+    def control_pieces(self) -> list[str]:
+        return [piece for token, piece in enumerate(self.pieces()) if piece and token in self._special]
 
-# How well-known models call the token that ends a document, when no tokenizer_config.json says it.
-_END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+
+# How well-known models call these tokens, when no tokenizer_config.json says it.
+_USUAL_NAMES = {
+    "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]"),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
+}
 
 
 def _control_tokens(path: Path, description: dict[str, Any]) -> dict[str, str]:
@@ -161,11 +186,12 @@ def _control_tokens(path: Path, description: dict[str, Any]) -> dict[str, str]:
         content = value.get("content") if isinstance(value, dict) else value
         if content:
             found[role] = str(content)
-    if "eos_token" not in found:
-        added = {token["content"] for token in description.get("added_tokens") or []}
-        known = next((name for name in _END_NAMES if name in added), None)
-        if known is not None:
-            found["eos_token"] = known
+    added = {token["content"]: bool(token["special"]) for token in description.get("added_tokens") or []}
+    for role, names in _USUAL_NAMES.items():
+        # An end token must be one, whatever the file calls it; what looks like padding may be vocabulary.
+        known = next((name for name in names if name in added and (added[name] or role == "eos_token")), None)
+        if role not in found and known is not None:
+            found[role] = known
     return found
 
 

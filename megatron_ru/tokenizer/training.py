@@ -21,7 +21,7 @@ from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.files import atomic_output
 
 ModelType = Literal["bpe", "unigram"]
-Normalization = Literal["identity", "nmt_nfkc"]
+Normalization = Literal["identity", "nfc", "nfkc", "nmt_nfkc"]
 
 SPECIAL_PIECES = ("<unk>", "<s>", "</s>", "<pad>")
 """The control pieces; the index is the id."""
@@ -38,7 +38,14 @@ class TokenizerSettings:
     """Number of ids, with the 4 control pieces and the 256 bytes."""
 
     normalization: Normalization = "identity"
-    """`identity` keeps every character; `nmt_nfkc` unifies compatible forms (ﬁ becomes fi)."""
+    """`identity` keeps every character; `nfc` (Hugging Face only) unifies й and и with a breve, `nfkc` compatible forms
+    too (ﬁ becomes fi), `nmt_nfkc` (sentencepiece only) also kinds of blanks."""
+
+    special_tokens: tuple[str, ...] = ()
+    """Further control tokens, from id 4 on; never found in text."""
+
+    longest_piece: int = 16
+    """Characters; with Hugging Face's BPE bytes, twice as many."""
 
     character_coverage: float = 0.9995
     """The share of characters in the text that get a piece; the rest is spelled in bytes."""
@@ -62,6 +69,14 @@ class TokenizerSettings:
             raise UserError(f"the vocabulary size is {self.vocab_size}; it must be positive")
         if not 0 < self.character_coverage <= 1:
             raise UserError(f"the character coverage is {self.character_coverage}; it must lie in (0, 1]")
+        if self.longest_piece < 1:
+            raise UserError(f"the longest piece has {self.longest_piece} characters; it must have at least 1")
+        wrong = [token for token in self.special_tokens if not token.strip() or token in SPECIAL_PIECES]
+        if wrong or len(set(self.special_tokens)) < len(self.special_tokens):
+            raise UserError(
+                f"the special tokens {list(self.special_tokens)} must differ from one another, from blanks and from "
+                f"{', '.join(SPECIAL_PIECES)}"
+            )
         if self.max_sentences < 1:
             raise UserError(f"the number of sentences to learn from is {self.max_sentences}; it must be positive")
 
@@ -74,6 +89,8 @@ def train_tokenizer(texts: Iterable[str], output: str | os.PathLike[str], settin
     """
     if str(output).endswith(".json"):
         raise UserError(f"{output} would be taken for a Hugging Face tokenizer; call the output FILE.model")
+    if settings.normalization == "nfc":
+        raise UserError("sentencepiece has no rule nfc: choose nfkc, or a folder as the output for Hugging Face's")
     sample = _reservoir(_lines(texts), settings.max_sentences, random.Random(settings.seed))
     if not sample:
         raise UserError("there is no text to learn a tokenizer from: every document is empty")
@@ -110,6 +127,8 @@ def _train(sample: list[str], settings: TokenizerSettings) -> bytes:
             bos_id=SPECIAL_PIECES.index("<s>"),
             eos_id=SPECIAL_PIECES.index("</s>"),
             pad_id=SPECIAL_PIECES.index("<pad>"),
+            control_symbols=list(settings.special_tokens),
+            max_sentencepiece_length=settings.longest_piece,
             minloglevel=2,
         )
     except RuntimeError as error:

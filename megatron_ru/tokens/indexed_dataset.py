@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.lock import sole_writer
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -75,13 +76,16 @@ def write_dataset(prefix: str | os.PathLike[str], vocab_size: int) -> Iterator[I
 
     When it raises, nothing appears and an older dataset stays as it was. A crash between the two renames
     leaves a .bin without an .idx, which no reader accepts. Memory does not grow with the dataset: the
-    lengths of documents wait in an unnamed file beside it. Raises UserError when the disk is full or the
-    folder cannot be written; any OSError of the block is taken for one of these.
+    lengths of documents wait in an unnamed file beside it. Raises UserError when the disk is full, the
+    folder cannot be written (any OSError of the block is taken for one of these), or another process is
+    writing this dataset.
     """
     bin_path, idx_path = dataset_paths(prefix)
     dtype = token_dtype(vocab_size)
     try:
         with (
+            sole_writer(prefix, "the dataset"),
+            _without_leftovers(bin_path, idx_path),
             atomic_output(idx_path) as idx_stream,
             atomic_output(bin_path) as bin_stream,
             tempfile.TemporaryFile(dir=bin_path.parent) as length_stream,
@@ -100,6 +104,16 @@ def write_dataset(prefix: str | os.PathLike[str], vocab_size: int) -> Iterator[I
         raise
     except OSError as error:
         raise _cannot_write(error, bin_path) from None
+
+
+@contextmanager
+def _without_leftovers(*paths: Path) -> Iterator[None]:
+    """Removes what a killed run began to write; the lock says that nobody is at it any more."""
+    beginnings = tuple(f".{path.name}." for path in paths)
+    for file in paths[0].parent.iterdir():
+        if file.name.startswith(beginnings) and file.name.endswith(".partial"):
+            file.unlink(missing_ok=True)
+    yield
 
 
 class IndexedDataset:

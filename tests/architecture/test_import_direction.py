@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("text", "tokenizer", "ops", "planning", "launch", "seams", "figures"), 2),
     **dict.fromkeys(("tokens", "models"), 3),
     **dict.fromkeys(("batches", "gradients", "checkpoints"), 4),
-    **dict.fromkeys(("adaptation", "evaluation", "plugin"), 5),
+    **dict.fromkeys(("adaptation", "evaluation", "plugin", "data"), 5),
     **dict.fromkeys(("engines", "hosts", "experiments", "benchmarks", "doctor"), 6),
     "commands": 7,
 }

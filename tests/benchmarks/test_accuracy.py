@@ -100,8 +100,8 @@ def test_linear_cross_entropy_in_bf16_is_right():
 
 
 def test_recorded_errors_are_within_the_limits():
-    """What one H200 gave for each op (2026-11-24), the largest of all contenders: output and gradient, and the dtype
-    of the output."""
+    """What one H200 gave (2026-11-24) for each op timed beside others, the largest of all: output, gradient, dtype of
+    the output."""
     recorded = {
         "activation": (2.6e-3, 2.4e-3, torch.bfloat16), "adamw": (1.3e-6, None, torch.float32),
         "add_layer_norm": (2.5e-3, 2.6e-3, torch.bfloat16), "add_rms_norm": (3.0e-3, 3.5e-3, torch.bfloat16),
@@ -111,7 +111,7 @@ def test_recorded_errors_are_within_the_limits():
         "rope": (1.7e-3, 1.7e-3, torch.bfloat16),
         "vocab_parallel_cross_entropy": (3.5e-8, 4.3e-5, torch.float32),
     }  # fmt: skip
-    assert set(recorded) == set(OPS)
+    assert set(recorded) == set(OPS) - {"rotary_qkv", "embedding_gradient"}
     for name, (output, gradient, dtype) in recorded.items():
         assert output <= limit(OPS[name].tolerance, dtype, torch.bfloat16), name
         assert (gradient or 0) <= limit(OPS[name].gradient_tolerance, torch.bfloat16, torch.bfloat16), name

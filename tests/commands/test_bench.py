@@ -115,3 +115,36 @@ def test_words_as_they_are_documented():
     )
     assert (arguments.only, arguments.tokens, arguments.timing) == ("rms_norm,rope", "8192,16384", "graph")
     assert arguments.seconds_per_case == 0.15
+
+
+def test_starts_are_measured_and_written(tmp_path, monkeypatch, capsys):
+    from megatron_ru.benchmarks import restart
+    from megatron_ru.benchmarks.restart import Results
+
+    def measured(settings, command, finished):
+        results = Results(settings=settings, command=command, machine={"gpu": None, "cores": 2, "processor": "P",
+                                                                       "torch": "1", "megatron_core": "2"})  # fmt: skip
+        parts = ("imports", "process_group", "build", "load", "datasets", "first_step", "other", "total")
+        memory = {"cpu_bytes": 10**9, "gpu_bytes": 0}
+        results.cases.append({"kind": "meta", "start": "fresh", "parts": {f"{part}_seconds": 1.5 for part in parts},
+                              "built": memory, "stepped": memory, "cpu_seconds": 2.0})  # fmt: skip
+        finished(results)
+        return results
+
+    monkeypatch.setattr(restart, "run", measured)
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+    files = ["--json", str(tmp_path / "restart.json"), "--plot", str(tmp_path / "restart.png")]
+    assert main(["bench", "restart", "--size", "2x128x352", "--kinds", "meta", "--device", "cpu", *files]) == 0
+    shown = capsys.readouterr().out
+    assert "meta, fresh: 1.5 s" in shown
+    assert "optimizer adamw, 2 cores of P" in shown
+    stored = json.loads((tmp_path / "restart.json").read_text())
+    command = "megatron-ru bench restart --size 2x128x352 --kinds meta --device cpu"
+    assert stored["command"] == f"{command} --json restart.json --plot restart.png"
+    assert (tmp_path / "restart.png").exists()
+
+
+def test_starts_that_cannot_be_are_refused(capsys):
+    assert main(["bench", "restart", "--repeat", "0"]) == 2
+    assert main(["bench", "restart", "--size", "8b"]) == 2
+    assert "--size 8b is none of tiny, 100m, 1b, 7b" in capsys.readouterr().err

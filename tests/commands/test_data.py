@@ -37,7 +37,7 @@ def test_tokenize_then_check(tmp_path, text, model, capsys):
     assert captured.err == ""
     found = re.match(rf"{prefix}: 100 documents, (\d+) tokens \(uint16\) from (\d+) bytes in ", captured.out)
     assert int(found[2]) == os.path.getsize(text)
-    assert re.search(r" s: \d+ tokens/s, \d+\.\d\d MB/s\n$", captured.out)
+    assert re.search(r" s: \d+ tokens/s, \d+\.\d\d MB/s\nencoded by .*\n$", captured.out)
     assert main(["data", "check", str(prefix), "--vocab-size", "285"]) == 0
     size = (tmp_path / "out" / "ru.bin").stat().st_size
     assert size == 2 * int(found[1])

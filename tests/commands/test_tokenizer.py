@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 
 import pytest
 
@@ -34,20 +35,60 @@ def test_train_writes_a_tokenizer_and_says_so(tmp_path, text, capsys, model_type
     assert out.endswith("one token per digit: yes\n")
 
 
-def test_report_counts_each_file(tmp_path, text, capsys):
+def test_train_writes_a_folder_for_hugging_face(tmp_path, text, capsys):
+    words = ["tokenizer", "train", "--input", text, "--output", str(tmp_path / "hf"), "--vocab-size", "290"]
+    assert main([*words, "--special-tokens", "<|user|>"]) == 0
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    assert tokenizer.control_pieces() == ["<unk>", "<s>", "</s>", "<pad>", "<|user|>"]
+    out = capsys.readouterr().out
+    assert "hf: bpe, 290 ids, learned from 500 documents" in out
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_the_output_says_which_library_trains(tmp_path, text, capsys):
+    words = ["tokenizer", "train", "--input", text, "--vocab-size", "290", "--output"]
+    assert main([*words, str(tmp_path / "hf" / "tokenizer.json")]) == 0
+    assert (tmp_path / "hf" / "tokenizer_config.json").exists()
+    assert main([*words, str(tmp_path / "a.json")]) == 2
+    assert "a.json is no name for a tokenizer; give a folder, FOLDER/tokenizer.json" in capsys.readouterr().err
+
+
+def test_train_learns_from_a_sample_by_weights(tmp_path, text, capsys):
+    words = ["--vocab-size", "290", "--sample", "2K", "--domain-field", "file", "--weights", "ru=1"]
+    assert train(text, tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    drawn = re.match(r"sample of ru: (\d+) documents, (\d+) of 2000 characters\n", out)
+    assert 2000 <= int(drawn[2]) < 2050
+    assert f"learned from {drawn[1]} lines" in out
+
+
+def test_report_puts_tokenizers_side_by_side(tmp_path, text, capsys):
+    pytest.importorskip("matplotlib")
     train(text, tmp_path, "--vocab-size", "300")
+    (tmp_path / "a.model").rename(tmp_path / "b.model")
+    train(text, tmp_path, "--vocab-size", "290")
     capsys.readouterr()
-    assert main(["tokenizer", "report", "--tokenizer", str(tmp_path / "a.model"), "--input", text, text]) == 0
-    head, digits, names, first, second = capsys.readouterr().out.splitlines()
-    assert head.endswith("a.model, 300 ids")
-    assert digits == "one token per digit: yes"
-    assert names.split("  ")[-2:] == ["characters per token", "tokens per word"]
-    assert first == second
-    file, documents, characters, words, tokens, per_token, per_word = first.split()
-    assert (file, documents, words) == (text, "500", "4000")
-    assert int(characters) == sum(len(TEXT.format(number)) for number in range(500))
-    assert float(per_token) == pytest.approx(int(characters) / int(tokens), abs=5e-4)
-    assert float(per_word) == pytest.approx(int(tokens) / 4000, abs=5e-4)
+    files = {kind: tmp_path / "out" / f"r.{kind}" for kind in ("json", "markdown", "plot", "curves")}
+    words = ["tokenizer", "report", "--tokenizer", str(tmp_path / "a.model"), f"big={tmp_path / 'b.model'}"]
+    words += ["--input", text, "--words", "кошка", *[f"--{kind}={path}" for kind, path in files.items()]]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    characters = sum(len(TEXT.format(number)) for number in range(500))
+    for name in ("a", "big"):
+        row = next(row for row in rows if row[:2] == ["all", name])
+        documents, per_token, per_word, _, tokens = row[2:]
+        assert float(per_token) == pytest.approx(characters / int(tokens), abs=5e-4)
+        assert float(per_word) == pytest.approx(int(tokens) / 4000, abs=5e-4)
+        assert documents == "500"
+    found = json.loads(files["json"].read_text())
+    assert found["fertility"]["file ru"]["big"]["documents"] == 500
+    assert found["habits"]["a"]["one_token_per_digit"]
+    assert "## Words" in files["markdown"].read_text()
+    for kind in ("plot", "curves"):
+        assert files[kind].read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_names_pieces_that_join_digits(tmp_path, text, capsys):
@@ -55,7 +96,22 @@ def test_report_names_pieces_that_join_digits(tmp_path, text, capsys):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"12": 0, "a": 1}, "a"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert main(["tokenizer", "report", "--tokenizer", str(tmp_path), "--input", text]) == 0
-    assert "one token per digit: no (1 longer pieces hold one: 12)\n" in capsys.readouterr().out
+    assert "no (12)" in capsys.readouterr().out
+
+
+def test_two_tokenizers_of_one_name_need_names(tmp_path, text, capsys):
+    words = ["tokenizer", "report", "--tokenizer", "a/x.model", "b/x.model", "--input", text]
+    assert main(words) == 2
+    assert "two tokenizers are called 'x' (a/x.model, b/x.model); give names: NAME=PATH" in capsys.readouterr().err
+
+
+def test_convert_tells_on_how_much_text_both_are_equal(tmp_path, text, capsys):
+    train(text, tmp_path, "--vocab-size", "300")
+    capsys.readouterr()
+    words = ["tokenizer", "convert", str(tmp_path / "a.model"), str(tmp_path / "hf"), "--check", text]
+    assert main(words) == 0
+    assert re.search(r"hf: the same ids as \S*a\.model on 1\d\d\d texts, \d+ tokens", capsys.readouterr().out)
+    assert load_tokenizer(tmp_path / "hf").encode(TEXT) == load_tokenizer(tmp_path / "a.model").encode(TEXT)
 
 
 @pytest.mark.parametrize(

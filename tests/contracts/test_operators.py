@@ -40,6 +40,17 @@ def rope(name, dtype):
     return [(*tensors, *table, None, 3, False, False), (*tensors, *table, positions, 1, True, True)]
 
 
+def joined(name, dtype):
+    q, k, v = (rows(5, 2, heads, 8, seed=heads, dtype=dtype, leaf=False) for heads in (4, 2, 2))
+    table = rope_table(16, 8, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return [(q, k, v, *table, False, True), (q, k, v, *table, True, False)]
+
+
+def embedding(name, dtype):
+    ids = torch.tensor([3, 0, 3])
+    return [(rows(4, 6, leaf=False), rows(3, 6, seed=1, dtype=dtype, leaf=False), ids)]
+
+
 def activation(name, dtype):
     x, bias = rows(3, 10, dtype=dtype), rows(10, seed=1, dtype=dtype)
     return [(x, None, 6), (x, bias, 5), (x, bias, 1)]
@@ -90,6 +101,8 @@ def packed(name, dtype):
 MAKERS = {
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"), norm),
     **dict.fromkeys(("rope", "rope_qk", "rope_qk_"), rope),
+    "rope_join": joined,
+    "embedding_gradient_": embedding,
     "packed_positions": packed,
     **dict.fromkeys(("activation", "activation_saving"), activation),
     "glu": lambda name, dtype: [(rows(3, 5, dtype=dtype), rows(3, 5, seed=1, dtype=dtype), 4)],

@@ -13,6 +13,7 @@ import pytest
 import megatron_ru
 from megatron_ru.commands.main import build_parser, discover_commands
 from megatron_ru.models.variant import all_variants
+from tests.hosts.deepspeed_parser import host_parser
 
 PROJECT = Path(megatron_ru.__file__).parents[1]
 TWINS = sorted(path.name for path in (PROJECT / "docs" / "en").glob("*.md"))
@@ -119,9 +120,10 @@ def training_parser():
     """Megatron's own parser with our flags."""
     from megatron.training.arguments import add_megatron_arguments
 
+    from megatron_ru.engines.deepspeed.flags import add_engine_flags
     from megatron_ru.plugin.arguments import extend_parser
 
-    return extend_parser(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return add_engine_flags(extend_parser(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))))
 
 
 def test_documents_hold_commands():
@@ -170,7 +172,15 @@ def test_launch_commands_render():
     assert rendered == set(TARGETS)
 
 
-def test_commands_with_megatrons_parser_parse(training_parser):
+@pytest.fixture(scope="module")
+def deepspeed_parser():
+    """Megatron-DeepSpeed's flags and ours."""
+    from megatron_ru.hosts.megatron_deepspeed_arguments import extend_parser
+
+    return extend_parser(host_parser(), lambda args: None)
+
+
+def test_commands_with_megatrons_parser_parse(training_parser, deepspeed_parser):
     wrong, parsed = [], 0
     for command in COMMANDS:
         name, *words = command.words
@@ -180,8 +190,9 @@ def test_commands_with_megatrons_parser_parse(training_parser):
             assert words[0].endswith("pretrain_gpt.py"), command
             words = words[1:]
         words = [word for word in words if word not in PLACEHOLDERS]
+        parser = deepspeed_parser if "Megatron-DeepSpeed" in command.words[1] else training_parser
         try:
-            arguments = parse(training_parser, words)
+            arguments = parse(parser, words)
         except (Refused, AssertionError) as error:
             wrong.append((command.page, shlex.join(words), str(error)))
             continue
@@ -196,9 +207,9 @@ def test_commands_with_megatrons_parser_parse(training_parser):
     assert parsed >= 8
 
 
-def test_flags_named_in_sentences_exist(training_parser):
+def test_flags_named_in_sentences_exist(training_parser, deepspeed_parser):
     """`--ru-variant NAME` and the like: a flag of Megatron, of ours, or of one of the commands."""
-    known = set(training_parser._option_string_actions)
+    known = set(training_parser._option_string_actions) | set(deepspeed_parser._option_string_actions)
     parsers = [build_parser(discover_commands())]
     while parsers:
         parser = parsers.pop()

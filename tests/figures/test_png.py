@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from megatron_ru.figures.png import write_bars, write_curves
+from megatron_ru.figures.png import write_bars, write_curve_panels, write_curves, write_stacked_bars
 from megatron_ru.figures.series import Series
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -51,3 +51,35 @@ def test_missing_matplotlib_is_one_sentence_and_leaves_no_folder(tmp_path):
         "pip install 'megatron-ru[demo]'\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_stacked_bars(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    original = Axes.barh
+
+    def barh(self, places, widths, **settings):
+        drawn.append((settings["label"], list(widths), list(settings["left"])))
+        return original(self, places, widths, **settings)
+
+    monkeypatch.setattr(Axes, "barh", barh)
+    write_stacked_bars(
+        tmp_path / "bars.png", "title", "ms", {"ours": {"a": 3.0, "b": 1.0}, "theirs": {"a": 2.0, "c": 4.0}}
+    )
+    # A part that a row lacks takes no room in it.
+    assert drawn == [
+        ("a", [3.0, 2.0], [0.0, 0.0]), ("b", [1.0, 0.0], [3.0, 2.0]), ("c", [0.0, 4.0], [4.0, 2.0]),
+    ]  # fmt: skip
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_of_curves_share_their_colours_and_names(tmp_path):
+    curves = [
+        Series(name="bpe", x=(10_000.0, 120_000.0), y=(3.0, 4.0)), Series(name="unigram", x=(500.0,), y=(2.0,)),
+    ]  # fmt: skip
+    write_curve_panels(tmp_path / "out" / "a.png", "Sizes", {"rises": curves, "falls": curves[::-1]}, "ids")
+    # The first two colours of the cycle, one for each name in both panels, and no third.
+    drawn = colours(tmp_path / "out" / "a.png")
+    assert {(31, 119, 180), (255, 127, 14)} <= drawn
+    assert (44, 160, 44) not in drawn

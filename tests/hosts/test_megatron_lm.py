@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -48,7 +48,8 @@ def entering(monkeypatch):
     """The calls that `enter` makes outside this process's own state."""
     calls = []
     monkeypatch.setattr(megatron_lm, "_entered", False)
-    monkeypatch.setattr(megatron_lm, "meet_ranks", lambda: calls.append("ranks"))
+    one = SimpleNamespace(rank=0, world_size=1)
+    monkeypatch.setattr(megatron_lm, "meet_ranks", lambda: calls.append("ranks") or one)
     monkeypatch.setattr(megatron_lm, "when_imported", lambda name, act: calls.append((name, act)))
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     yield calls

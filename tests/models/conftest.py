@@ -25,7 +25,7 @@ def build_gpt(one_process):
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     functions = {"gelu": torch.nn.functional.gelu, "swish": torch.nn.functional.silu}
 
-    def build(name, *, sizes=None, config=None, model=None, init="whole", seed=7, ops="all"):
+    def build(name, *, sizes=None, config=None, model=None, init="whole", meta="auto", seed=7, ops="all"):
         variant = dataclasses.replace(find_variant(name), **{**TINY, **(sizes or {})})
         values = megatron_arguments(variant)
         settings = {key: value for key, value in values.items() if key in known}
@@ -40,6 +40,9 @@ def build_gpt(one_process):
         options = Namespace(
             ru_variant=name,
             ru_metrics=None,
+            ru_profile=None,
+            ru_profile_steps=None,
+            ru_attention="fused",
             ru_validate_from_start=False,
             ru_nan_grads=None,
             ru_nan_names=False,
@@ -47,7 +50,9 @@ def build_gpt(one_process):
             ru_keep=None,
             ru_keep_every=None,
             ru_init=init,
+            ru_meta_init=meta,
             ru_ops=ops,
+            gradient_accumulation_fusion=False,
             seed=seed,
             spec=HOST_SPEC,
             log_interval=1,

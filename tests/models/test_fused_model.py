@@ -32,10 +32,11 @@ def step(model, variant, ops):
 
 LAYERS = 2
 LOSS = {"cross_entropy_statistics": 1, "cross_entropy_merge": 1, "cross_entropy_backward_": 1}
+# All but the first with the residual sum before them.
 NORMS = {"norm_forward": 2 * LAYERS + 1, "norm_backward": 2 * LAYERS + 1}
 FEED_FORWARD = {"activation": LAYERS, "activation_backward": LAYERS}
-# Queries and keys in one call, forward and backward.
-ROTATION = {"rope_qk": 2 * LAYERS}
+# Queries and keys where the projection left them; backward puts its gradient together.
+ROTATION = {"rope_qk_": LAYERS, "rope_join": LAYERS}
 
 
 @pytest.mark.parametrize(

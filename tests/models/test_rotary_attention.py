@@ -12,15 +12,21 @@ from tests.models.test_gpt_model import ids_and_positions, randomise
 
 @pytest.fixture
 def rotations(monkeypatch):
-    """(heads of the queries, heads of the keys) of each call of the op."""
+    """(heads of the queries, heads of the keys) of each call of the op, on both or on what the projection gave."""
     calls = []
-    rope = rotary_attention.rope
+    rope, rotary_qkv = rotary_attention.rope, rotary_attention.rotary_qkv
 
     def counted(q, k, *arguments, **keywords):
         calls.append((q.shape[2], k.shape[2]))
         return rope(q, k, *arguments, **keywords)
 
+    def counted_whole(qkv, *arguments, **keywords):
+        groups, heads = qkv.shape[2:4]
+        calls.append((groups * (heads - 2), groups))
+        return rotary_qkv(qkv, *arguments, **keywords)
+
     monkeypatch.setattr(rotary_attention, "rope", counted)
+    monkeypatch.setattr(rotary_attention, "rotary_qkv", counted_whole)
     return calls
 
 

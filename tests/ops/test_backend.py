@@ -9,7 +9,8 @@ from megatron_ru.foundation.errors import UserError
 from megatron_ru.ops import backend, library
 
 NAMES = {
-    "activation", "adamw", "cross_entropy", "gradient_guard", "layer_norm", "linear_cross_entropy", "rms_norm", "rope",
+    "activation", "adamw", "cross_entropy", "embedding", "gradient_guard", "layer_norm", "linear_cross_entropy",
+    "rms_norm", "rope",
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def test_select_switches_on_those_and_no_others():
     ("words", "message"),
     [
         ("rope,swish", "--ru-ops names swish; expected all, none or some of activation,adamw,cross_entropy,"
-         "gradient_guard,layer_norm,linear_cross_entropy,rms_norm,rope"),
+         "embedding,gradient_guard,layer_norm,linear_cross_entropy,rms_norm,rope"),
         ("", "--ru-ops names nothing; expected"),
         ("all,rope", "--ru-ops all,rope: `all` and `none` stand alone; leave the other names out"),
     ],

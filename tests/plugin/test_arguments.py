@@ -31,7 +31,8 @@ def test_defaults_are_true_of_a_machine_without_apex(monkeypatch):
     args = parse(monkeypatch=monkeypatch)
     assert args.spec == HOST_SPEC
     assert args.transformer_impl == "local"
-    assert args.gradient_accumulation_fusion is False
+    assert args.gradient_accumulation_fusion is True
+    assert parse("--no-gradient-accumulation-fusion", monkeypatch=monkeypatch).gradient_accumulation_fusion is False
     assert args.masked_softmax_fusion is False
     assert args.apply_rope_fusion is False
     assert args.create_attention_mask_in_dataloader is False

@@ -11,8 +11,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import mlp
 
 from megatron_ru.ops import backend
-from megatron_ru.ops.adamw import FusedAdamW
 from megatron_ru.plugin.fused_ops import fused_op_seams
+from megatron_ru.plugin.optimizer_step import MegatronAdamW
 from megatron_ru.seams.seam import Seam
 from tests.compiled_calls import CompiledCalls, needs_library
 from tests.models.test_rotary import angles_of
@@ -371,8 +371,8 @@ def test_megatron_builds_our_adamw_and_it_steps_as_torch_s(one_process, install)
     install("adamw")
     with CompiledCalls() as counted:
         ours, found = TwoLayers().train_steps(5)
-    assert type(ours) is FusedAdamW
-    assert torch.optim.AdamW is not FusedAdamW, "torch itself is left alone"
+    assert type(ours) is MegatronAdamW
+    assert torch.optim.AdamW is not MegatronAdamW, "torch itself is left alone"
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     assert [group["weight_decay"] for group in ours.param_groups] == [g["weight_decay"] for g in theirs.param_groups]
     if backend.library_status().path is not None:

@@ -24,6 +24,24 @@ ALWAYS = [
     "megatron.training.training:load_checkpoint",
     "megatron.training.training:build_train_valid_test_data_iterators",
     "megatron.training.training:train_step",
+    # How fast it trains.
+    "megatron.training.training:train_step",
+    "megatron.training.training:training_log",
+    "megatron.training.training:print_rank_last",
+    "megatron.training.training:evaluate_and_print_results",
+    "megatron.training.training:save_checkpoint_and_time",
+    # The host runs ahead of the device.
+    "megatron.training.training:logical_and_across_model_parallel_group",
+    "megatron.training.training:reduce_max_stat_across_model_parallel_group",
+    "megatron.training.training:torch",
+    "megatron.core.optimizer.optimizer:MixedPrecisionOptimizer.get_loss_scale",
+    "megatron.core.optimizer.optimizer:FP32Optimizer.get_loss_scale",
+    "megatron.core.optimizer.clip_grads:multi_tensor_scale_tensor_impl",
+    # Gradients of weights go straight into the buffer.
+    "megatron.core.tensor_parallel.layers:F",
+    "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
+    "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
+    "megatron.core.utils:fused_weight_gradient_mlp_cuda",
 ]
 ROPE = [
     "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
@@ -37,7 +55,14 @@ CROSS_ENTROPY = [
     "megatron.core.models.common.language_module.language_module:fused_vocab_parallel_cross_entropy",
     "megatron.core.tensor_parallel:vocab_parallel_cross_entropy",
 ]
-ADAMW = ["megatron.core.optimizer:torch"]
+ADAMW = [
+    "megatron.core.optimizer:torch",
+    "megatron.core.optimizer.optimizer:clip_grad_by_total_norm_fp32",
+    "megatron.core.optimizer.clip_grads:l2_norm_impl",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._copy_main_params_to_model_params",
+    "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params._copy_main_params_to_model_params",
+]
+RESIDUAL = ["megatron.core.transformer.transformer_block:TransformerBlock._build_layers"]
 OPS = ROPE + ACTIVATION + CROSS_ENTROPY + ADAMW
 MODEL = [
     "megatron.core.transformer.transformer_block:LayerNormImpl",
@@ -46,8 +71,10 @@ MODEL = [
 WHOLE = [
     "megatron.core.tensor_parallel.layers:_initialize_affine_weight_gpu",
     "megatron.core.tensor_parallel.layers:_initialize_affine_weight_cpu",
+    # The model is built on meta then.
+    "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
 ]
-METRICS = ["megatron.training.training:training_log"]
+METRICS = ["megatron.training.training:evaluate"]
 HEARTBEATS = [
     "megatron.training.training:train",
     "megatron.training.training:training_log",
@@ -60,9 +87,11 @@ EXIT_SIGNALS = ["megatron.training.global_vars:DistributedSignalHandler", "megat
 def arguments(**changes):
     settings = {
         "ru_variant": "llama2_tiny", "ru_metrics": None, "ru_validate_from_start": False, "ru_init": "whole",
-        "ru_ops": "all", "ru_nan_grads": None, "ru_nan_names": False, "ru_checkpoints": None,
+        "ru_profile": None, "ru_profile_steps": None, "ru_attention": "fused",
+        "ru_meta_init": "auto", "ru_ops": "all", "ru_nan_grads": None, "ru_nan_names": False, "ru_checkpoints": None,
         "ru_keep": None, "ru_keep_every": None, "save": None, "load": None, "async_save": False,
         "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
+        "gradient_accumulation_fusion": True,
     }  # fmt: skip
     return Namespace(**settings | changes)
 
@@ -73,15 +102,15 @@ def targets(args):
 
 def test_experts_are_drawn_by_megatron():
     # Their names in the whole model depend on the expert-parallel rank.
-    assert sorted(targets(arguments(num_experts=4))) == sorted(ALWAYS + OPS + MODEL)
+    assert sorted(targets(arguments(num_experts=4))) == sorted(ALWAYS + OPS + RESIDUAL + MODEL)
 
 
 def test_a_run_with_our_spec():
-    assert sorted(targets(arguments())) == sorted(ALWAYS + OPS + MODEL + WHOLE)
+    assert sorted(targets(arguments())) == sorted(ALWAYS + OPS + RESIDUAL + MODEL + WHOLE)
 
 
 def test_drawing_left_to_megatron():
-    assert sorted(targets(arguments(ru_init="megatron"))) == sorted(ALWAYS + OPS + MODEL)
+    assert sorted(targets(arguments(ru_init="megatron"))) == sorted(ALWAYS + OPS + RESIDUAL + MODEL)
 
 
 def test_another_spec_is_left_alone():
@@ -91,7 +120,7 @@ def test_another_spec_is_left_alone():
 
 def test_metrics_and_validation_add_their_own(tmp_path):
     found = targets(arguments(ru_metrics=str(tmp_path / "metrics.jsonl")))
-    assert set(METRICS) < set(found) - set(ALWAYS + OPS + MODEL + WHOLE)
+    assert set(METRICS) <= set(found) - set(ALWAYS + OPS + RESIDUAL + MODEL + WHOLE)
     plain, watched = targets(arguments()), targets(arguments(ru_validate_from_start=True))
     assert set(plain) < set(watched)
 
@@ -103,33 +132,36 @@ def test_nan_gradients_are_counted_before_the_metrics_are_written(tmp_path):
     seams = run_seams(args)
     logs = [seam for seam in seams if seam.target == "megatron.training.training:training_log"]
     # The later one is around the earlier one.
-    assert [type(seam.make.__self__).__name__ for seam in logs] == ["StepMetrics", "NanGradients"]
+    assert [type(seam.make.__self__).__name__ for seam in logs] == ["StepMetrics", "NanGradients", "Throughput"]
     assert args.check_for_nan_in_loss_and_grad is False
     assert "NanGradients" not in {type(getattr(s.make, "__self__", None)).__name__ for s in run_seams(arguments())}
+
+
+def test_a_profile_is_around_every_other_part_of_a_step(tmp_path):
+    seams = run_seams(arguments(ru_profile=str(tmp_path / "profile.json"), ru_profile_steps="3:4"))
+    steps = [seam for seam in seams if seam.target == "megatron.training.training:train_step"]
+    assert type(steps[-1].make.__self__).__name__ == "StepProfile"
+    with pytest.raises(UserError, match="--ru-profile-steps has no meaning without --ru-profile"):
+        run_seams(arguments(ru_profile_steps="3:4"))
+
+
+def test_plain_attention_takes_the_place_of_the_fused_one():
+    [seam] = [seam for seam in run_seams(arguments(ru_attention="plain")) if "core_attention" in seam.target]
+    from megatron_ru.models import core_attention
+    from megatron_ru.ops.plain_attention import plain_attention
+
+    seam.install()
+    try:
+        assert core_attention.attention is plain_attention
+    finally:
+        seam.undo()
+    assert core_attention.attention is not plain_attention
 
 
 @pytest.mark.parametrize("flag", ["use_megatron_fsdp", "use_torch_fsdp2"])
 def test_gradients_of_fsdp_are_not_guarded(flag):
     with pytest.raises(UserError, match="leave one of the two out"):
         run_seams(arguments(ru_nan_grads="zero", **{flag: True}))
-
-
-def test_nothing_is_drawn_where_a_checkpoint_will_be_loaded(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("megatron_ru.plugin.run._finish_model", lambda *arguments: drawn.append(arguments[-1]))
-
-    def will_be_loaded(**changes):
-        seams = [seam for seam in run_seams(arguments(**changes)) if seam.target.endswith("GPTModel.__init__")]
-        seams[0].make(lambda self: None)(None)
-        return drawn.pop()
-
-    assert will_be_loaded(load=None) is False
-    assert will_be_loaded(load=str(tmp_path)) is False
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
-    assert will_be_loaded(load=str(tmp_path)) is True
-    assert will_be_loaded(load=str(tmp_path), dist_ckpt_strictness="raise_all") is True
-    # Then a weight that the checkpoint lacks keeps what it has.
-    assert will_be_loaded(load=str(tmp_path), dist_ckpt_strictness="log_all") is False
 
 
 def test_unknown_variant():
@@ -144,8 +176,10 @@ def test_unknown_variant():
         ("rope", ROPE),
         ("cross_entropy, adamw", CROSS_ENTROPY + ADAMW),
         # The norms are called by our layer spec, no name of Megatron is replaced for them.
-        ("rms_norm,layer_norm,activation", ACTIVATION),
-        ("all", OPS),
+        ("layer_norm,activation", ACTIVATION),
+        # The sum before a norm of ours is made with it.
+        ("rms_norm", RESIDUAL),
+        ("all", OPS + RESIDUAL),
     ],
 )
 def test_seams_of_the_chosen_ops(words, expected):

@@ -163,6 +163,30 @@ def test_megatron_is_told_the_whole_one(tmp_path, capsys):
     assert f"loading step 4 from {tmp_path}, the newest whole checkpoint; {TRACKER} names none" in shown
 
 
+def test_what_was_found_early_is_not_looked_for_again(tmp_path, monkeypatch):
+    save(tmp_path, 4, 8)
+    known = {"iter_0000008": ["iter_0000008/__0_0.distcp was changed"], "iter_0000004": []}
+    asked = []
+
+    def early(place, rank, ranks):
+        asked.append((place.name, rank, ranks))
+        return known.get(place.name)
+
+    monkeypatch.setattr("megatron_ru.plugin.safe_loading.early_problems", early)
+    monkeypatch.setattr("megatron_ru.plugin.safe_loading.share_problems", lambda *rest, **more: pytest.fail("read"))
+    assert loaded(arguments(load=str(tmp_path)))[0] == (4, False)
+    assert asked == [("iter_0000008", 0, 1), ("iter_0000004", 0, 1)]
+
+
+def test_needless_copies_are_left_out_while_megatron_loads(tmp_path):
+    save(tmp_path, 4)
+    made = {seam.target.rpartition(":")[2]: seam.make for seam in SafeLoading(arguments(load=str(tmp_path)), 1).seams()}
+    matrix = torch.ones(4, 3)
+    load = made["load_checkpoint"](lambda *rest: torch.cat(matrix.chunk(2)).data_ptr() == matrix.data_ptr())
+    assert load(None, None, None) is True
+    assert torch.cat(matrix.chunk(2)).data_ptr() != matrix.data_ptr()
+
+
 def test_only_one_s_own_folder_is_swept(tmp_path, capsys):
     save(tmp_path, 4)
     (tmp_path / ".iter_0000008.saving").mkdir()

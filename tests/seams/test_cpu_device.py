@@ -201,6 +201,25 @@ def test_gradients_flow_as_ever(cpu_device):
     assert weight.is_leaf
 
 
+class MakesATensorInItsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * torch.ones(gradient.shape, device=torch.cuda.current_device()) * gradient
+
+
+def test_backward_passes_create_tensors_on_the_cpu(cpu_device):
+    x = torch.arange(3.0, requires_grad=True)
+    MakesATensorInItsBackward.apply(x).sum().backward()
+    MakesATensorInItsBackward.apply(x).sum().backward(torch.tensor(3.0), retain_graph=True)
+    assert x.grad.tolist() == [8.0] * 3
+    with pytest.raises(RuntimeError, match="scalar"):
+        MakesATensorInItsBackward.apply(x).backward()
+
+
 def test_device_of_a_rank(cpu_device, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert torch.cuda.is_available() is True

@@ -21,14 +21,15 @@ class ByTwos:
 def test_the_two_figures_of_known_text():
     # 13 and 3 characters, 3 words and 1, 7 tokens and 2.
     found = measure_fertility(ByTwos(), iter(["раз два\nтри  ", "сто", ""]))
-    assert found == Fertility(documents=3, characters=16, words=4, tokens=9)
+    assert found == Fertility(documents=3, characters=16, bytes=28, words=4, tokens=9)
     assert found.characters_per_token == pytest.approx(16 / 9)
+    assert found.bytes_per_token == pytest.approx(28 / 9)
     assert found.tokens_per_word == pytest.approx(9 / 4)
 
 
 def test_nothing_at_all_is_no_division_by_zero():
     found = measure_fertility(ByTwos(), [])
-    assert (found.characters_per_token, found.tokens_per_word) == (0.0, 0.0)
+    assert (found.characters_per_token, found.bytes_per_token, found.tokens_per_word) == (0.0, 0.0, 0.0)
 
 
 def test_longer_pieces_with_digits_are_found(hugging_face_file):

@@ -113,7 +113,10 @@ def test_outputs_that_cannot_be(tmp_path):
     ("wrong", "message"),
     [
         ({"model_type": "word"}, "unknown model type 'word': choose one of bpe, unigram"),
-        ({"normalization": "nfc"}, "unknown normalization 'nfc': choose one of identity, nmt_nfkc"),
+        ({"normalization": "nfd"}, "unknown normalization 'nfd': choose one of identity, nfc, nfkc, nmt_nfkc"),
+        ({"special_tokens": ("<a>", "<a>")}, r"the special tokens \['<a>', '<a>'\] must differ"),
+        ({"special_tokens": ("<s>",)}, r"the special tokens \['<s>'\] must differ"),
+        ({"longest_piece": 0}, "the longest piece has 0 characters"),
         ({"vocab_size": 0}, "the vocabulary size is 0; it must be positive"),
         ({"character_coverage": 1.5}, "the character coverage is 1.5"),
         ({"max_sentences": 0}, "the number of sentences to learn from is 0"),

@@ -28,6 +28,15 @@ def write(prefix, documents=DOCUMENTS, vocab_size=320):
     return prefix
 
 
+def test_what_a_killed_run_left_is_cleared_away_and_nothing_else(tmp_path):
+    for name in (".a.bin.x1.partial", ".a.idx.x2.partial", ".ab.bin.x3.partial", "a.bin.partial"):
+        (tmp_path / name).write_bytes(b"1")
+    write(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".ab.bin.x3.partial", "a.bin", "a.bin.partial", "a.idx",
+    ]  # fmt: skip
+
+
 def edit(path, offset: int, content: bytes):
     changed = bytearray(path.read_bytes())
     changed[offset : offset + len(content)] = content

@@ -1,0 +1,1 @@
+"""Documents of token ids become blocks of one length, and blocks of several domains a mixture."""

@@ -1,0 +1,1 @@
+"""Who trains the same shape by other means, one file each."""

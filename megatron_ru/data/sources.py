@@ -1,0 +1,129 @@
+"""The input files, in pieces that tasks work on: a plain file in byte ranges, a compressed one whole."""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ru.data.config import PipelineConfig
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.text.jsonl import read_lines, require_readable_file
+
+_BOM = b"\xef\xbb\xbf"
+_FINGERPRINT_PIECES = 64
+_FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One task of reading."""
+
+    domain: str
+    file: str
+    start: int
+    """The lines that begin in bytes [start, end) of the file."""
+    end: int
+    plain: bool
+    """Whether lines lie in the file as they are: byte ranges can be copied."""
+    any_language: bool
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yields (number within the source from 0, content) of each line; in a compressed file blank ones are left
+        out. Raises UserError for a file that cannot be read to its end."""
+        if not self.plain:
+            for line in read_lines([self.file]):
+                yield line.number - 1, line.content
+            return
+        try:
+            with open(self.file, "rb", buffering=1 << 20) as stream:
+                position = self._first_line(stream)
+                # From here line by line: this loop is the inner loop of the pipeline.
+                for number, content in enumerate(stream):
+                    if position >= self.end:
+                        return
+                    position += len(content)
+                    if number == 0 and self.start == 0 and content.startswith(_BOM):
+                        content = content[3:]
+                    yield number, content
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from None
+
+    def first_byte(self) -> int:
+        """Where the first line of a plain source begins."""
+        with open(self.file, "rb") as stream:
+            position = self._first_line(stream)
+            stream.seek(position)
+            return position + 3 if position == 0 and stream.read(3) == _BOM else position
+
+    def place(self, line: int) -> str:
+        """`file:line` of a line of this source; reads the file up to it."""
+        before = 0
+        if self.plain and self.start:
+            with open(self.file, "rb") as stream:
+                left = self.first_byte()
+                while left and (chunk := stream.read(min(left, 1 << 22))):
+                    before += chunk.count(b"\n")
+                    left -= len(chunk)
+        return f"{self.file}:{before + line + 1}"
+
+    def _first_line(self, stream: Any) -> int:
+        """Moves the stream to the first line that begins at or behind `start` and returns its position."""
+        if self.start == 0:
+            return 0
+        stream.seek(self.start - 1)
+        stream.readline()
+        return int(stream.tell())
+
+
+def find_sources(config: PipelineConfig) -> tuple[list[Source], list[dict[str, Any]]]:
+    """(the sources in order, a record of each input file: domain, file, bytes, fingerprint).
+
+    Raises UserError for a pattern that matches nothing and a file that cannot be read.
+    """
+    size = config.shard_bytes
+    sources, inputs = [], []
+    for entry in config.inputs:
+        files = [file for pattern in entry.files for file in _matches(pattern)]
+        if not files:
+            raise UserError(f"no file matches {', '.join(entry.files)} (domain {entry.domain})")
+        for file in files:
+            require_readable_file(file)
+            length = os.path.getsize(file)
+            plain = file.endswith((".jsonl", ".json", ".ndjson"))
+            inputs.append({"domain": entry.domain, "file": file, "bytes": length, "fingerprint": fingerprint(file)})
+            # An empty .jsonl is one task with nothing in it, so that it is named in the report.
+            pieces = max(1, -(-length // size)) if plain else 1
+            step = -(-length // pieces)
+            for piece in range(pieces):
+                sources.append(
+                    Source(
+                        domain=entry.domain, file=file, start=piece * step, end=min((piece + 1) * step, length),
+                        plain=plain, any_language=entry.any_language,
+                    )
+                )  # fmt: skip
+    seen = Counter(str(entry["file"]) for entry in inputs)
+    twice = [file for file, count in seen.items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice in the inputs; name each file once")
+    return sources, inputs
+
+
+def fingerprint(file: str) -> str:
+    """A hash of the file's size, time of change and 64 pieces of 64 KiB spread over it.
+
+    Whole files up to 4 MiB; of a larger one not every byte, since terabytes are not read to learn that they are known.
+    """
+    state = os.stat(file)
+    found = hashlib.sha256(f"{state.st_size} {state.st_mtime_ns}".encode())
+    with open(file, "rb") as stream:
+        for piece in range(_FINGERPRINT_PIECES):
+            stream.seek(max(0, (state.st_size - _FINGERPRINT_BYTES) * piece // (_FINGERPRINT_PIECES - 1)))
+            found.update(stream.read(_FINGERPRINT_BYTES))
+    return found.hexdigest()
+
+
+def _matches(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]

@@ -1,0 +1,1 @@
+"""What a training run wrote, as one page that needs nothing else."""

@@ -1,0 +1,232 @@
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from megatron_ru.batches.packed import read_packed
+from megatron_ru.data import execution
+from megatron_ru.data.pipeline import run_pipeline
+from megatron_ru.data.run import Run
+from megatron_ru.data.sources import Source
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.tokenizer.loading import load_tokenizer
+from megatron_ru.tokens.indexed_dataset import IndexedDataset, check_dataset
+from tests.data.conftest import outputs, write_corpus
+
+
+def kept_texts(run):
+    return [json.loads(line)["text"] for entry in run.files("texts", kind="shard") for line in entry["path"].open()]
+
+
+def test_text_becomes_datasets(config_of, corpus, tokenizer_file):
+    _, texts = corpus
+    config = config_of()
+    manifest = run_pipeline(config)
+    run = Run.load(config.output)
+    # The first of each text is kept, in order, when it is long enough.
+    expected = [text for text in dict.fromkeys(texts) if len(text) >= 150]
+    assert kept_texts(run) == expected
+    steps = manifest["steps"]
+    assert steps["read"]["counts"]["documents"] == len(texts)
+    assert steps["texts"]["dropped"]["duplicate"] == len(texts) - len(set(texts))
+    assert steps["texts"]["dropped"]["too_short"] == len(set(texts)) - len(expected)
+    # Every token is in the blocks.
+    tokenizer = load_tokenizer(tokenizer_file)
+    encoded = [[*ids, tokenizer.eod] for ids in tokenizer.encode_batch(expected)]
+    assert steps["pack"]["counts"]["tokens"] == sum(map(len, encoded)) == steps["tokenise"]["counts"]["tokens"]
+    blocks = [np.fromfile(e["path"], e["dtype"]) for e in run.files("pack", kind="blocks")]
+    ids = np.concatenate(blocks)
+    assert np.array_equal(np.sort(ids[ids != 3]), np.sort(np.concatenate(encoded)))
+    # Megatron's files, and what they are.
+    train = check_dataset(f"{config.output}/train", tokenizer.vocab_size)
+    assert (train.sequences, train.tokens) == (700, 700 * 64)
+    packed = read_packed(f"{config.output}/train")
+    assert (packed.block, packed.pad, packed.blocks, packed.kind) == (64, 3, 700, "lecture")
+    dataset = IndexedDataset(f"{config.output}/train")
+    assert packed.tokens == sum(int((dataset[n] != 3).sum()) for n in range(700))
+    drawn = steps["mixture"]["counts"]
+    assert drawn["samples_ru"] + drawn["samples_en"] == 700
+    assert 430 < drawn["samples_ru"] < 550
+    assert manifest["complete"]
+
+
+def test_manifest_has_the_hashes_of_the_files(config_of):
+    config = config_of()
+    manifest = run_pipeline(config)
+    names = []
+    for step, outcome in manifest["steps"].items():
+        for entry in outcome["files"]:
+            path = Run.load(config.output).step_folder(step) / entry["name"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"], path
+            names.append(path.name)
+    assert {"train.bin", "train.idx", "valid.bin", "valid.idx", "train.packed.json"} <= set(names)
+    assert {"numpy", "megatron_ru"} <= manifest["versions"].keys()
+    assert json.loads((Run.load(config.output).folder / "manifest.json").read_text()) == manifest
+
+
+def test_held_out_documents_are_the_same_in_every_order(config_of, corpus, tokenizer_file):
+    config = config_of(packing=None, mixture=None)
+    manifest = run_pipeline(config)
+    found = set()
+    for domain in ("ru", "en"):
+        dataset = IndexedDataset(f"{config.output}/{domain}_valid")
+        found |= {tuple(dataset.document(n).tolist()) for n in range(dataset.documents)}
+    assert len(found) == manifest["steps"]["tokenise"]["counts"]["documents_valid"]
+    assert 3 < len(found) < 60
+    # Another order, other shards.
+    other = config_of("other", packing=None, mixture=None, inputs=[
+        {"domain": "all", "files": ["corpus/en.jsonl", "corpus/ru_2.jsonl.gz", "corpus/ru_1.jsonl"]},
+    ])  # fmt: skip
+    run_pipeline(other)
+    dataset = IndexedDataset(f"{other.output}/all_valid")
+    assert {tuple(dataset.document(n).tolist()) for n in range(dataset.documents)} == found
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(7, marks=pytest.mark.slow)])
+def test_outputs_do_not_depend_on_the_number_of_workers(config_of, workers):
+    one, many = config_of("one"), config_of("many")
+    run_pipeline(one)
+    run_pipeline(many, workers)
+    assert Run.load(one.output).outcome("read").counts["lines"] == 900
+    assert len(list(Run.load(one.output).step_folder("read").glob("tasks/*.json"))) > 3
+    assert outputs(Run.load(one.output).folder) == outputs(Run.load(many.output).folder)
+
+
+def test_a_second_run_does_nothing_and_other_settings_what_they_must(config_of, monkeypatch):
+    config = config_of()
+    run_pipeline(config)
+    ran = []
+    run_task = execution.run_task
+    monkeypatch.setattr(execution, "run_task", lambda f, name, task: ran.append(name) or run_task(f, name, task))
+    run_pipeline(config)
+    assert ran == []
+    run_pipeline(config_of(mixture={"samples": 150, "samples_per_part": 100}))
+    assert ran == ["mixture", "mixture", "publish", "publish"]
+    assert check_dataset(f"{config.output}/train").sequences == 150
+    ran.clear()
+    # Without a mixture there is no train.bin any more.
+    run_pipeline(config_of(mixture=None))
+    assert set(ran) == {"publish"}
+    assert not os.path.exists(f"{config.output}/train.bin")
+    assert os.path.exists(f"{config.output}/ru_train.bin")
+
+
+def test_a_lost_file_is_made_again(config_of):
+    config = config_of()
+    run_pipeline(config)
+    run = Run.load(config.output)
+    before = outputs(run.folder)
+    lost = run.files("texts", kind="shard")[1]["path"]
+    lost.write_bytes(lost.read_bytes()[:-10])
+    run_pipeline(config)
+    assert outputs(run.folder) == before
+
+
+def test_changed_input_is_noticed(config_of, corpus):
+    folder, _ = corpus
+    config = config_of()
+    first = run_pipeline(config)["steps"]["read"]["counts"]["documents"]
+    with (folder / "en.jsonl").open("a") as stream:
+        stream.write('{"text": "один новый документ"}\n')
+    assert run_pipeline(config)["steps"]["read"]["counts"]["documents"] == first + 1
+
+
+def test_stopping_behind_a_step(config_of):
+    config = config_of()
+    manifest = run_pipeline(config, until="texts")
+    assert sorted(manifest["steps"]) == ["exact_dedup", "read", "texts"]
+    assert not manifest["complete"]
+    with pytest.raises(UserError, match=r"'packing' is no step of this pipeline; its steps: read, exact_dedup, texts"):
+        run_pipeline(config, until="packing")
+
+
+PROGRAM = [sys.executable, "-m", "megatron_ru", "data", "run"]
+
+
+def start(path, workers=2):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*PROGRAM, str(path), "--workers", str(workers)], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_files(config_of, tmp_path, times):
+    calm, shaken = config_of("calm"), config_of("shaken")
+    run_pipeline(calm)
+    generator = random.Random(times)
+    for _ in range(times):
+        process = start(tmp_path / "shaken.yaml")
+        time.sleep(generator.uniform(0.3, 2.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    run_pipeline(shaken)
+    assert outputs(Run.load(shaken.output).folder) == outputs(Run.load(calm.output).folder)
+
+
+def test_one_run_at_a_time_in_a_folder(config_of):
+    config = config_of()
+    with execution.locked(config.output), pytest.raises(UserError, match=r"another run \(process \d+ on .*\) works in"):
+        run_pipeline(config)
+    run_pipeline(config)
+
+
+def test_a_dead_worker_is_told(config_of, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, threading, time\n"
+        "def end():\n"
+        "    while 'megatron_ru.data.steps.texts' not in sys.modules: time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if '--multiprocessing-fork' in sys.argv: threading.Thread(target=end, daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"a worker process died in the step .* it goes on where it was"):
+        run_pipeline(config_of(), 2)
+
+
+def test_full_disk(config_of, monkeypatch):
+    import errno
+
+    config = config_of()
+    run_pipeline(config, until="exact_dedup")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_ru.data.outcome.HashedStream.write", full)
+        with pytest.raises(UserError, match=r"no space is left for .*; what is finished is kept"):
+            run_pipeline(config)
+    manifest = run_pipeline(config)
+    assert manifest["complete"]
+    assert not list(Run.load(config.output).folder.rglob("*.partial"))
+
+
+def test_ranges_of_a_plain_file_share_its_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [b"\xef\xbb\xbf" + b"first\n", b"\n", b"x" * 50 + b"\n", b"second\r\n", b"last"]
+    path.write_bytes(b"".join(lines))
+    size = path.stat().st_size
+    for pieces in range(1, size + 1):
+        bounds = [size * n // pieces for n in range(pieces + 1)]
+        sources = [
+            Source(domain="d", file=str(path), start=a, end=b, plain=True, any_language=False)
+            for a, b in pairwise(bounds)
+        ]
+        found = [(source.place(number), line) for source in sources for number, line in source.lines()]
+        assert found == [
+            (f"{path}:{n}", line.removeprefix(b"\xef\xbb\xbf")) for n, line in enumerate(lines, start=1)
+        ]  # fmt: skip
+
+
+def test_write_corpus_is_the_same_every_time(tmp_path):
+    assert write_corpus(tmp_path / "a", 5) == write_corpus(tmp_path / "b", 5)
