@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ru.foundation.heartbeat import Heartbeat, Phase
+from megatron_ru.hosts.megatron_deepspeed_arguments import on_cpu
 from megatron_ru.hosts.megatron_deepspeed_initialisation import initialisation_seams
 from megatron_ru.hosts.megatron_deepspeed_ops import op_seams
 from megatron_ru.hosts.megatron_deepspeed_repairs import repair_seams
@@ -55,6 +56,8 @@ def run_seams(args: Namespace) -> list[Seam]:
         names = ", ".join(seam.target.rpartition(":")[2] for seam in repairs)
         print(f"megatron_ru: put right in this Megatron-DeepSpeed: {names}", flush=True)
     seams = [*_dataset_helper_seams(), *repairs, *op_seams(args), *initialisation_seams(args)]
+    if on_cpu():
+        seams.append(_shared_memory_seam())
     metrics = None
     if args.ru_metrics:
         metrics = StepMetrics(args.ru_metrics, every=args.log_interval, training=_LOOP)
@@ -121,6 +124,15 @@ def _saving_seam(args: Namespace) -> Seam:
         target=f"{_LOOP}:save_checkpoint_and_time",
         make=make,
         reason="after a signal the host saves whether there is a folder or not",
+    )
+
+
+def _shared_memory_seam() -> Seam:
+    return Seam(
+        target="deepspeed.comm.torch:build_shm_op",
+        make=lambda _: lambda: None,
+        optional=True,
+        reason="DeepSpeed compiles an all-reduce whose shared memory, 67 MB a rank, outlives a run that is killed",
     )
 
 

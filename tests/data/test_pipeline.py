@@ -230,3 +230,31 @@ def test_ranges_of_a_plain_file_share_its_lines(tmp_path):
 
 def test_write_corpus_is_the_same_every_time(tmp_path):
     assert write_corpus(tmp_path / "a", 5) == write_corpus(tmp_path / "b", 5)
+
+
+def test_a_shard_in_which_the_fast_encoder_differs_is_encoded_again(config_of, monkeypatch):
+    """What came before the first difference cannot be trusted either."""
+    from megatron_ru.data.steps import tokenise
+
+    config = config_of(packing=None, mixture=None)
+    right = run_pipeline(config)["steps"]["tokenise"]["counts"]
+    real, begun = tokenise._with_ends, []
+
+    def wrong_until_noticed(encoder, texts):
+        begun.append(len(texts))
+        ids, lengths = real(encoder, texts)
+        if len(begun) == 1:
+            encoder.counts.differed += 1
+            return np.zeros_like(ids), lengths
+        return ids, lengths
+
+
+    run = Run.load(config.output)
+    before = {entry["path"].name: entry["path"].read_bytes() for entry in run.files("tokenise")}
+    monkeypatch.setattr(tokenise, "_with_ends", wrong_until_noticed)
+    tokenise.tokenizer_of.cache_clear()
+    outcome = tokenise._run(run, 0)
+    tokenise.tokenizer_of.cache_clear()
+    assert len(begun) % 2 == 0
+    assert {entry["path"].name: entry["path"].read_bytes() for entry in run.files("tokenise")} == before
+    assert 0 < outcome.counts["documents"] <= right["documents"]

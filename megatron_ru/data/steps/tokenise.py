@@ -26,6 +26,18 @@ def _run(run: Run, task: int) -> Outcome:
     assert settings is not None
     shard = run.files(run.last_step_with("shard"), kind="shard")[task]
     encoder = tokenizer_of(settings.tokenizer)
+    while True:
+        differed = encoder.counts.differed
+        outcome = _encoded(run, shard, encoder)
+        # At the first difference the encoder goes over to the tokenizer's own library; what this shard had before, it
+        # gets again.
+        if encoder.counts.differed == differed:
+            return outcome
+
+
+def _encoded(run: Run, shard: dict[str, Any], encoder: Encoder) -> Outcome:
+    settings = run.config.tokens
+    assert settings is not None
     outcome = Outcome()
     prefix = run.step_folder("tokenise") / Path(shard["name"]).stem
     with ExitStack() as stack:
