@@ -91,9 +91,10 @@ def _clip_in_step(original: Callable[..., None]) -> Callable[..., None]:
         if optimizer is None:
             original(parameters, max_norm, total_norm, *others, **keywords)
             return
-        # Megatron's own formula; the norm may have been left on the device.
-        factor = max_norm / (total_norm + 1.0e-6)
-        optimizer.scale_next_gradients(factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(1.0, factor))
+        # Megatron's own formula, in fp32 on the host too, where the norm comes as a number before 0.19: the same losses
+        # in every version.
+        norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, dtype=torch.float32)
+        optimizer.scale_next_gradients((max_norm / (norm + 1.0e-6)).clamp(max=1.0))
 
     return clip
 
