@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.seams.cpu_device import CPU_DEVICE
 from megatron_ru.tokenizer.loading import load_tokenizer
 from megatron_ru.tokens.indexed_dataset import check_dataset
 
+_FP8_CAPABILITY = (8, 9)
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
@@ -27,6 +29,25 @@ def check_supported(args: Any) -> None:
         raise UserError(
             f"{', '.join(found)} was given, which megatron-ru pretrain_gpt does not carry out; drop it, or run "
             "Megatron-LM's own script with megatron-ru run_host PATH/pretrain_gpt.py"
+        )
+
+
+def check_fp8(args: Any) -> None:
+    """Raises `UserError` for `--ru-fp8` on a GPU that cannot multiply fp8 numbers, and with another layer spec."""
+    if args.ru_fp8 is None:
+        return
+    if args.spec != HOST_SPEC:
+        raise UserError("--ru-fp8 was given, but --spec names layers that are not ours; leave one of the two out")
+    if CPU_DEVICE.installed:
+        # Plain torch computes the same there, to try it.
+        return
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < _FP8_CAPABILITY:
+        raise UserError(
+            f"--ru-fp8 {args.ru_fp8} was given, but {torch.cuda.get_device_name()} has no fp8 products (compute "
+            f"capability {major}.{minor}, expected 8.9 or higher: Ada, Hopper); leave it out"
         )
 
 

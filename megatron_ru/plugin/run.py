@@ -9,6 +9,7 @@ from megatron_ru.models.variant import Variant, find_variant
 from megatron_ru.ops import backend
 from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.attention_choice import attention_seams
+from megatron_ru.plugin.checks import check_fp8
 from megatron_ru.plugin.cpu_writer import cpu_writer_seams
 from megatron_ru.plugin.dataset_helpers import dataset_helper_seams
 from megatron_ru.plugin.exit_signals import exit_signal_seams, listener
@@ -58,6 +59,7 @@ def undo_run() -> None:
 def run_seams(args: argparse.Namespace) -> list[Seam]:
     """The seams of one run, in the order of installation; those of ops are of the ops that are chosen now."""
     variant = find_variant(args.ru_variant) if args.ru_variant else None
+    check_fp8(args)
     seams = dataset_helper_seams() + packed_data_seams(args) + torch_adam_seams() + fused_op_seams()
     seams += host_ahead_seams()
     if args.gradient_accumulation_fusion:

@@ -248,7 +248,6 @@ def test_a_shard_in_which_the_fast_encoder_differs_is_encoded_again(config_of, m
             return np.zeros_like(ids), lengths
         return ids, lengths
 
-
     run = Run.load(config.output)
     before = {entry["path"].name: entry["path"].read_bytes() for entry in run.files("tokenise")}
     monkeypatch.setattr(tokenise, "_with_ends", wrong_until_noticed)

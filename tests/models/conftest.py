@@ -43,6 +43,7 @@ def build_gpt(one_process):
             ru_profile=None,
             ru_profile_steps=None,
             ru_attention="fused",
+            ru_fp8=None,
             ru_validate_from_start=False,
             ru_nan_grads=None,
             ru_nan_names=False,

@@ -3,12 +3,15 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.plugin import checks
+from megatron_ru.plugin.arguments import HOST_SPEC
 from megatron_ru.plugin.checks import (
     check_checkpoint_format,
     check_complete,
+    check_fp8,
     check_host,
     check_supported,
     data_prefixes,
@@ -163,3 +166,24 @@ def test_checkpoints_that_can(monkeypatch, changes):
 def test_apex_and_transformer_engine_read_every_format(monkeypatch):
     monkeypatch.setattr("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", True)
     assert check_checkpoint_format(checkpoints()) is None
+
+
+def fp8(**changes):
+    return Namespace(**{"ru_fp8": "tensorwise", "spec": HOST_SPEC} | changes)
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((7, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    if fits:
+        check_fp8(fp8())
+    else:
+        with pytest.raises(UserError, match=rf"a GPU has no fp8 products \(compute capability {capability[0]}"):
+            check_fp8(fp8())
+    check_fp8(fp8(ru_fp8=None))
+
+
+def test_fp8_is_of_our_layers():
+    with pytest.raises(UserError, match="--spec names layers that are not ours"):
+        check_fp8(fp8(spec=["somebody.else", "SPEC"]))

@@ -91,7 +91,7 @@ def arguments(**changes):
         "ru_meta_init": "auto", "ru_ops": "all", "ru_nan_grads": None, "ru_nan_names": False, "ru_checkpoints": None,
         "ru_keep": None, "ru_keep_every": None, "save": None, "load": None, "async_save": False,
         "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
-        "gradient_accumulation_fusion": True,
+        "gradient_accumulation_fusion": True, "ru_fp8": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
 
