@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -117,8 +117,18 @@ class DeviceToCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.pin_memory:
             return args[0]
-        if func is torch.Tensor.backward and args[0].numel() == 1:
-            return self._backward(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            tensor, *rest = args
+            names = ("gradient", "retain_graph", "create_graph", "inputs")
+            given = dict(zip(names, rest, strict=False)) | kwargs
+            if self._backward([tensor], [given.pop("gradient", None)], **given):
+                return None
+        elif func is torch.autograd.backward:
+            names = ("tensors", "grad_tensors", "retain_graph", "create_graph", "grad_variables", "inputs")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            tensors, gradients = _sequence(given.pop("tensors")), _sequence(given.pop("grad_tensors", None))
+            if given.pop("grad_variables", None) is None and self._backward(tensors, gradients, **given):
+                return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.type:
@@ -133,18 +143,33 @@ class DeviceToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _backward(
-        self, tensor: torch.Tensor, gradient: torch.Tensor | None = None, retain_graph: bool | None = None,
+        self, tensors: Sequence[Any], gradients: Sequence[Any], retain_graph: bool | None = None,
         create_graph: bool = False, inputs: Any = None,
-    ) -> None:  # fmt: skip
-        """`tensor.backward()` inside the mode: it is off while it answers, and backward passes create tensors too."""
-        leaves = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
-        start = torch.ones_like(tensor) if gradient is None else gradient
+    ) -> bool:  # fmt: skip
+        """A backward pass inside the mode, which is off while it answers, though backward passes create tensors too.
+        False, and nothing is done, for what torch itself refuses or does otherwise."""
+        gradients = gradients or [None] * len(tensors)
+        starts = []
+        for tensor, gradient in zip(tensors, gradients, strict=False):
+            if not isinstance(tensor, torch.Tensor) or (gradient is None and tensor.numel() != 1):
+                return False
+            starts.append(torch.ones_like(tensor) if gradient is None else gradient)
+        if not starts or len(starts) != len(tensors):
+            return False
         keep = create_graph if retain_graph is None else retain_graph
         with self:
-            # Where torch's own function ends; before that it would come back here.
+            # Where torch's own functions end; before that they would come back here.
             torch.autograd.Variable._execution_engine.run_backward(
-                (tensor,), (start,), keep, create_graph, leaves, allow_unreachable=True, accumulate_grad=True
-            )
+                tuple(tensors), tuple(starts), keep, create_graph, _sequence(inputs), allow_unreachable=True,
+                accumulate_grad=True,
+            )  # fmt: skip
+        return True
+
+
+def _sequence(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -218,6 +218,35 @@ def test_backward_passes_create_tensors_on_the_cpu(cpu_device):
     assert x.grad.tolist() == [8.0] * 3
     with pytest.raises(RuntimeError, match="scalar"):
         MakesATensorInItsBackward.apply(x).backward()
+    y = MakesATensorInItsBackward.apply(x)
+    torch.autograd.backward((y, y.sum()), (torch.ones(3), None))
+    torch.autograd.backward(y.sum())
+    assert x.grad.tolist() == [14.0] * 3
+    with pytest.raises(RuntimeError, match="scalar"):
+        torch.autograd.backward([MakesATensorInItsBackward.apply(x)])
+
+
+class Recomputes(torch.autograd.Function):
+    """As Megatron's recomputation: a backward pass inside a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            torch.autograd.backward((MakesATensorInItsBackward.apply(again),), (gradient,))
+        return again.grad
+
+
+def test_a_backward_pass_inside_another_creates_tensors_on_the_cpu(cpu_device):
+    x = torch.arange(3.0, requires_grad=True)
+    Recomputes.apply(x).sum().backward()
+    assert x.grad.tolist() == [2.0] * 3
 
 
 def test_device_of_a_rank(cpu_device, monkeypatch):
