@@ -118,7 +118,8 @@ class GridEngineCluster:
         """The exit code of the job's last run."""
         runs = self.accounting(job)
         assert runs, f"qacct knows nothing of job {job}"
-        return int(runs[-1]["exit_status"])
+        # Behind the code of a killed job stands a word.
+        return int(runs[-1]["exit_status"].split()[0])
 
     def output(self, job: str) -> str:
         """What the job has printed, all its tasks together."""
