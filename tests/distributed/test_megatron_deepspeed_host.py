@@ -111,7 +111,10 @@ def test_without_our_ops_the_losses_stay(host, flat, checkout):
     before = files_of(checkout)
     run = host.run(1, *FLAT, "--ru-ops", "none", name=f"plain_{checkout.name}")
     run.assert_trained(range(1, 21))
-    assert relative_difference(flat(checkout), run) < 1e-5
+    with_ops, without = flat(checkout).losses, run.losses
+    # Each op moves the first losses by a rounding; a model that goes from 6 to 2 in 20 steps lets that grow.
+    assert max(abs(with_ops[step] / without[step] - 1) for step in range(1, 6)) < 1e-6
+    assert relative_difference(flat(checkout), run) < 1e-4
     assert files_of(checkout) == before, "a run writes nothing into the checkout"
 
 
