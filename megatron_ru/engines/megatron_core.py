@@ -47,6 +47,7 @@ def pretrain_gpt(words: list[str]) -> None:
     from megatron_ru.engines.deepspeed.flags import add_engine_flags
     from megatron_ru.engines.gpt_batches import datasets_provider, forward_step
     from megatron_ru.plugin.checks import check_checkpoint_format, check_complete, check_data, check_supported
+    from megatron_ru.plugin.ranks_together import leave_ranks
     from megatron_ru.plugin.run import install_run
 
     set_startup_timestamps(program_start=psutil.Process().create_time(), main_entry=time.time())
@@ -78,9 +79,9 @@ def pretrain_gpt(words: list[str]) -> None:
     except SystemExit as leaving:
         # All ranks leave here together, before the last step: at a signal or at an interval.
         if leaving.code in (None, 0, TRY_AGAIN):
-            _leave_process_group()
+            leave_ranks()
         raise
-    _leave_process_group()
+    leave_ranks()
 
 
 def main(words: list[str] | None = None) -> int:
@@ -106,10 +107,3 @@ def _share_cores(ranks: int) -> None:
         # Torch is loaded and has read the variable; it is for the processes that this one starts.
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-
-
-def _leave_process_group() -> None:
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -37,7 +37,9 @@ def run_host(script: str, words: list[str]) -> None:
     sys.path[0] = str(path.resolve().parent)
     enter(words)
     runpy.run_path(str(path), run_name="__main__")
-    _leave_process_group()
+    from megatron_ru.plugin.ranks_together import leave_ranks
+
+    leave_ranks()
 
 
 def enter(words: list[str]) -> None:
@@ -61,14 +63,6 @@ def enter(words: list[str]) -> None:
 
     stand_in_for_missing_modules()
     when_imported("megatron.initialize", _extend_arguments)
-
-
-def _leave_process_group() -> None:
-    """The script ends with its groups open, whose threads gloo then ends by aborting the process, now and then."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _choose_accelerator(words: list[str]) -> None:

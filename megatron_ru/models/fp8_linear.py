@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -10,6 +9,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from megatron_ru.models.gradient_buffer import gradient_buffer_of, mark_when_added
 from megatron_ru.ops.fp8 import fits_fp8, linear_fp8
 
 
@@ -38,15 +38,9 @@ def _multiply(input: Tensor, weight: Tensor, keywords: dict[str, Any]) -> Tensor
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=group)
     elif keywords.get("allreduce_dgrad"):
         input = copy_to_tensor_model_parallel_region(input, group=group)
-    kept = None
-    if keywords.get("gradient_accumulation_fusion") and torch.is_grad_enabled() and weight.requires_grad:
-        kept = getattr(weight, "main_grad", None)
-        marked = hasattr(weight, "grad_added_to_main_grad") and not getattr(weight, "zero_out_wgrad", False)
-        if kept is not None and (kept.dtype is not torch.float32 or not marked):
-            kept = None
+    kept = gradient_buffer_of(weight) if keywords.get("gradient_accumulation_fusion") else None
     output = linear_fp8(input, weight, kept)
     if kept is not None:
-        # What backward returns for the weight is empty, and Megatron's hook heeds this mark.
-        output.register_hook(lambda _: setattr(weight, "grad_added_to_main_grad", True))
+        mark_when_added(output, weight)
     bias = keywords.get("bias")
     return output if bias is None else output + bias

@@ -8,6 +8,12 @@ def ranks_have_met() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def leave_ranks() -> None:
+    """Ends the process group where there is one; threads of gloo that outlive it abort the process now and then."""
+    if ranks_have_met():
+        torch.distributed.destroy_process_group()
+
+
 class RanksTogether:
     """`checkpoints.ranks.Ranks` of this process; one process is alone."""
 

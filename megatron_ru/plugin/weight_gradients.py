@@ -10,9 +10,9 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from megatron_ru.models.gradient_buffer import gradient_buffer_of, mark_when_added
 from megatron_ru.ops.embedding import SWITCH as EMBEDDING
 from megatron_ru.ops.embedding import embedding
 from megatron_ru.ops.weight_gradient import add_weight_gradient
@@ -58,22 +58,11 @@ def _with_our_embedding(original: ModuleType) -> ModuleType:
 def _embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def look_up(input: Tensor, weight: Tensor, *others: Any, **keywords: Any) -> Tensor:
-        kept = getattr(weight, "main_grad", None)
-        if (
-            others
-            or keywords
-            or not EMBEDDING.on
-            or not (torch.is_grad_enabled() and weight.requires_grad)
-            or kept is None
-            or kept.dtype is not torch.float32
-            or not hasattr(weight, "grad_added_to_main_grad")
-            # The output layer shares the weight; Megatron then adds what this one returns.
-            or getattr(weight, "zero_out_wgrad", False)
-        ):
+        kept = gradient_buffer_of(weight) if EMBEDDING.on else None
+        if others or keywords or kept is None:
             return original(input, weight, *others, **keywords)
         out = embedding(input, weight, kept)
-        # What backward returns for the weight is empty, and Megatron's hook heeds this mark.
-        out.register_hook(lambda _: setattr(weight, "grad_added_to_main_grad", True))
+        mark_when_added(out, weight)
         return out
 
     return look_up

@@ -165,14 +165,3 @@ def test_after_parsing_everything_is_checked_before_anything_is_replaced(monkeyp
     megatron_deepspeed._when_parsed(args)
     names = ["check_supported", "check_data_of", "install_run"]
     assert order == [("start_rank", True), *((name, args) for name in names)]
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_the_process_group_is_left_behind_the_script(monkeypatch, there):
-    import torch.distributed
-
-    left = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: there)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
-    megatron_deepspeed._leave_process_group()
-    assert left == [True] * there

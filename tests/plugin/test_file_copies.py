@@ -51,6 +51,8 @@ def test_a_file_that_ends_too_early_is_an_error(written):
 
 
 def test_threads_work_at_once():
-    barrier = threading.Barrier(3, timeout=20)
-    in_threads(barrier.wait, 3)
-    in_threads(lambda: None, 1)
+    barrier, passed = threading.Barrier(3, timeout=20), []
+    in_threads(lambda: passed.append(barrier.wait()), 3)
+    assert sorted(passed) == [0, 1, 2]
+    in_threads(lambda: passed.append(3), 1)
+    assert passed[3:] == [3]
