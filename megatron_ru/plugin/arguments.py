@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.models import variant_arguments
+from megatron_ru.plugin.early_start import value_of
 from megatron_ru.seams.cpu_device import CPU_DEVICE
 
 HOST_SPEC = ["megatron_ru.plugin.host_spec", "LAYER_SPEC"]
@@ -125,12 +126,7 @@ def extend_parser(
 
 def device_of(words: list[str]) -> str:
     """`cpu` or `cuda`: what `--device` in the words, or else the machine, says. Imports torch only if it must."""
-    wanted = "auto"
-    for index, word in enumerate(words):
-        if word == "--device" and index + 1 < len(words):
-            wanted = words[index + 1]
-        elif word.startswith("--device="):
-            wanted = word.partition("=")[2]
+    wanted = value_of(words, "--device")
     if wanted == "cpu":
         return "cpu"
     import torch
