@@ -1,5 +1,6 @@
 """What stands between a launcher and one rank: it starts the rank, tells the guard how it fares, and ends it."""
 
+import math
 import os
 import select
 import shutil
@@ -111,7 +112,7 @@ class _Keeper:
         return TRY_AGAIN if self._guard_gone or code is None else code
 
     def _loop(self, signals: int) -> None:
-        next_ping = next_look = 0.0
+        next_ping, last_look = 0.0, -math.inf
         ended_at = None
         while True:
             self._wait(signals)
@@ -123,8 +124,8 @@ class _Keeper:
             if now >= next_ping:
                 next_ping = now + self._pause
                 self._ping(now)
-            if now >= next_look:
-                next_look = now + _LOOK_PINGS * self._pause
+            if now >= last_look + _LOOK_PINGS * self._pause:
+                last_look = now
                 self._look_around()
             self._send_stacks(now)
             self._judge_guard(now)

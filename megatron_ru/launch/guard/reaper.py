@@ -74,11 +74,13 @@ def _wait_and_end(reading: int, mark: str, grace: float, folder: str) -> None:
 
     def find() -> list[Process]:
         table = all_processes()
-        # A child of one that is known is known, since the parent may end first.
-        there = [pid for pid, start in known if pid in table and table[pid].start == start]
-        known.update((child.pid, child.start) for pid in there for child in below(pid, table))
-        others = [one for one in table.values() if one.session in sessions or (one.pid, one.start) in known]
-        return [*marked(mark), *others]
+        there = [one for one in table.values() if one.session in sessions or (one.pid, one.start) in known]
+        there += marked(mark)
+        # A child of one that is found is known from then on, since the parent may end first.
+        there += [child for one in there for child in below(one.pid, table)]
+        found = {(one.pid, one.start): one for one in there}
+        known.update(found)
+        return list(found.values())
 
     ending = Ending(find, [grace, *graces][-1], time.monotonic())
     while not ending.step(time.monotonic()):

@@ -63,7 +63,7 @@ def misbehave(what):
     elif kind == "grandchild":
         # In a session of its own, without our environment, and deaf to TERM.
         subprocess.Popen(
-            [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)",
+            [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)",
              os.environ["TEST_MARK"]], start_new_session=True, env={})
         time.sleep(0.3)
     elif kind == "save":
