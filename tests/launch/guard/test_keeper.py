@@ -121,7 +121,8 @@ def test_a_keeper_knows_its_rank_by_its_launcher(guard):
 def test_stop_ends_the_rank_and_the_stacks_come_when_they_are_asked_for(guard):
     guard.train(100, "0:2:0:hang")
     guard.accept()
-    while guard.hear("ping")["step"] < 1:
+    # A moment after its last beat the rank is where it hangs.
+    while (said := guard.hear("ping"))["step"] < 1 or said["idle"] < 0.5:
         guard.say("pong")
     guard.say("stacks")
     assert guard.hear("stacks")["frames"][0].endswith("in read_the_next_batch")
