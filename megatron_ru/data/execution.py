@@ -171,7 +171,9 @@ class Workers:
             return
         try:
             executor = self._started()
-            for future in as_completed([executor.submit(run_task, run.folder, name, task) for task in todo]):
+            with _one_thread_each():
+                futures = [executor.submit(run_task, run.folder, name, task) for task in todo]
+            for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(
@@ -181,12 +183,22 @@ class Workers:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._executor is None:
-            # One thread for each process: several would wait for each other.
-            for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-                os.environ.setdefault(variable, "1")
             # Spawned, not forked: the caller may have threads, and a copy of their locks would hang.
             self._executor = ProcessPoolExecutor(self.count, get_context("spawn"), _start_worker)
         return self._executor
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started within use one thread each: several would wait for each other. This process does not: what it
+    runs alone, such as k-means, has all processors, for any number of workers."""
+    added = [variable for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if variable not in os.environ]
+    os.environ.update(dict.fromkeys(added, "1"))
+    try:
+        yield
+    finally:
+        for variable in added:
+            del os.environ[variable]
 
 
 def _start_worker() -> None:

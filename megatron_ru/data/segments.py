@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 DIGESTS = np.dtype([("high", "<u8"), ("low", "<u8"), ("line", "<u4")])
-"""md5 of the text in two halves, and the line within the segment."""
+"""md5 of the text, as `text.jsonl.spelling` spells it, in two halves, and the line within the segment."""
 
 LINES = np.dtype([("bytes", "<u4"), ("characters", "<i4")])
 """Bytes of the line, its end included, and characters of the text; NO_DOCUMENT and BLANK instead of these."""

@@ -40,12 +40,19 @@ def normalised(vectors: npt.NDArray[Any]) -> Matrix:
 def nearest_centroids(
     vectors: Matrix, centroids: Matrix, device: str = "cpu"
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """(the centroid with the largest cosine in fp32, that cosine) of each of `vectors` [documents, dimension]."""
+    """(the centroid with the largest cosine, that cosine) of each of `vectors` [documents, dimension]; of centroids
+    that are equally near the first."""
     products = _Products(centroids, device)
     found = np.empty(len(vectors), dtype=np.int32)
+    wide: Any = None
     rows = max(1, _PRODUCT_ELEMENTS // len(centroids))
     for start in range(0, len(vectors), rows):
-        found[start : start + rows] = products.largest(vectors[start : start + rows])
+        part = slice(start, start + rows)
+        found[part], unsure = products.largest(vectors[part])
+        for row in start + unsure:
+            # Chosen in fp64, or the device and the number of threads would choose.
+            wide = centroids.astype(np.float64) if wide is None else wide
+            found[row] = np.argmax(wide @ vectors[row].astype(np.float64))
     cosines = np.empty(len(vectors), dtype=np.float64)
     for start in range(0, len(vectors), 4096):
         part = slice(start, start + 4096)
@@ -104,20 +111,24 @@ class _Products:
         if device != "cpu":
             import torch
 
-            # TF32 would be off by more than _ROUNDING.
-            torch.backends.cuda.matmul.allow_tf32 = False
             self._torch = torch
-            self._columns = torch.from_numpy(columns).to(device)
+            self._columns = self._tensor(columns)
 
-    def largest(self, vectors: Matrix) -> npt.NDArray[np.int64]:
-        """The column with the largest product, int64 [vectors]."""
+    def largest(self, vectors: Matrix) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(the column with the largest product, int64 [vectors]; the rows where another one is as near as rounding
+        can tell)."""
         if self._torch is None:
             products = vectors @ self._columns.T
-            found: npt.NDArray[np.int64] = products.argmax(axis=1)
-            return found
-        products = self._torch.from_numpy(vectors).to(self._device) @ self._columns.T
-        near: npt.NDArray[np.int64] = products.argmax(dim=1).cpu().numpy()
-        return near
+            found = products.argmax(axis=1)
+            rows = np.arange(len(found))
+            best = products[rows, found]
+            products[rows, found] = -2
+            return found, np.flatnonzero(products.max(axis=1) >= best - _ROUNDING)
+        products = self._multiply(self._tensor(vectors), self._columns)
+        best, found = products.max(dim=1, keepdim=True)
+        products.scatter_(1, found, -2.0)
+        unsure = (products.amax(dim=1, keepdim=True) >= best - _ROUNDING)[:, 0]
+        return found[:, 0].cpu().numpy(), np.flatnonzero(unsure.cpu().numpy())
 
     def near_largest_before(self, start: int, end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(rows, columns) of the products of rows [start, end) with earlier ones, near the largest of each row."""
@@ -128,14 +139,28 @@ class _Products:
             rows, columns = np.nonzero((products >= best - _ROUNDING) & (products > -2))
             return rows + start, columns
         torch = self._torch
-        products = self._columns[start:end] @ self._columns[:end].T
+        products = self._multiply(self._columns[start:end], self._columns[:end])
         later = (
             torch.arange(end, device=self._device)[None, :] >= torch.arange(start, end, device=self._device)[:, None]
         )
         products.masked_fill_(later, -2)
-        best = products.max(dim=1, keepdim=True).values
+        best = products.amax(dim=1, keepdim=True)
+        # The only wait for the GPU in a slice.
         pairs = torch.nonzero((products >= best - _ROUNDING) & (products > -2)).cpu().numpy()
         return pairs[:, 0] + start, pairs[:, 1]
+
+    def _tensor(self, rows: Matrix) -> Any:
+        # Copied: what is mapped from a file cannot be written, and from_numpy would warn of that.
+        return self._torch.tensor(rows, device=self._device)
+
+    def _multiply(self, rows: Any, columns: Any) -> Any:
+        # TF32 would be off by more than _ROUNDING; the setting is the process's, so it is put back.
+        before = self._torch.get_float32_matmul_precision()
+        self._torch.set_float32_matmul_precision("highest")
+        try:
+            return rows @ columns.T
+        finally:
+            self._torch.set_float32_matmul_precision(before)
 
 
 def _exact(vectors: Matrix, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -13,6 +13,8 @@ from megatron_ru.foundation.errors import UserError
 from megatron_ru.text.jsonl import read_lines, require_readable_file
 
 _BOM = b"\xef\xbb\xbf"
+# Small enough for the second cache of a processor, with what is made of it.
+_BLOCK = 1 << 19
 _FINGERPRINT_PIECES = 64
 _FINGERPRINT_BYTES = 1 << 16
 
@@ -31,11 +33,14 @@ class Source:
     any_language: bool
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields (number within the source from 0, content) of each line; in a compressed file blank ones are left
-        out. Raises UserError for a file that cannot be read to its end."""
+        """Yields (number within the source from 0, content) of each line; blank ones of a compressed file are empty, or
+        left out at its end. Raises UserError for a file that cannot be read to its end."""
         if not self.plain:
+            following = 0
             for line in read_lines([self.file]):
+                yield from ((number, b"") for number in range(following, line.number - 1))
                 yield line.number - 1, line.content
+                following = line.number
             return
         try:
             with open(self.file, "rb", buffering=1 << 20) as stream:
@@ -48,6 +53,25 @@ class Source:
                     if number == 0 and self.start == 0 and content.startswith(_BOM):
                         content = content[3:]
                     yield number, content
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from None
+
+    def blocks(self) -> Iterator[bytes]:
+        """The lines of a plain source in blocks of whole lines, of half a megabyte or one line.
+
+        Raises UserError for a file that cannot be read.
+        """
+        try:
+            position = self.first_byte()
+            # The first line begins before its mark of byte order.
+            end = max(self.end, position + 1) if self.start == 0 < self.end else self.end
+            with open(self.file, "rb", buffering=0) as stream:
+                while position < end:
+                    block = _whole_lines(stream.fileno(), position, end)
+                    if not block:
+                        return
+                    yield block
+                    position += len(block)
         except OSError as error:
             raise UserError(f"cannot read {self.file}: {error.strerror or error}") from None
 
@@ -76,6 +100,25 @@ class Source:
         stream.seek(self.start - 1)
         stream.readline()
         return int(stream.tell())
+
+
+def _whole_lines(file: int, position: int, end: int) -> bytes:
+    """The next lines of those that begin before `end`; empty at the end of the file."""
+    size = _BLOCK
+    block = os.pread(file, size, position)
+    while block:
+        # A line that begins before the end of the source is read beyond it.
+        last = block.find(b"\n", max(0, end - 1 - position))
+        if last < 0:
+            last = block.rfind(b"\n")
+        if last >= 0:
+            return block[: last + 1]
+        size *= 2
+        more = os.pread(file, size, position + len(block))
+        if not more:
+            return block
+        block += more
+    return block
 
 
 def find_sources(config: PipelineConfig) -> tuple[list[Source], list[dict[str, Any]]]:

@@ -26,6 +26,7 @@ from megatron_ru.text.document import Document
 from megatron_ru.text.zst import ZstdReader
 
 try:
+    from orjson import dumps as _spelled
     from orjson import loads as _loads
 except ImportError:
 
@@ -38,6 +39,9 @@ except ImportError:
     def _loads(line: bytes, /) -> object:  # type: ignore[misc]
         # json would guess UTF-16 and UTF-32, and take NaN, Infinity and 1e400; orjson does none of it.
         return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+
+    def _spelled(text: str) -> bytes:  # type: ignore[misc]
+        return json.dumps(text, ensure_ascii=False).encode("utf-8")
 
 
 class RawLine(NamedTuple):
@@ -149,6 +153,21 @@ def _parquet_lines(name: str, only_field: str | None) -> Iterator[RawLine]:
 
     for number, content, position in read_rows(name, only_field):
         yield RawLine(name, number, content, position)
+
+
+def text_of(line: bytes, text_field: str = "text") -> str:
+    """The text of a line that is known, or hoped, to be a document; where there is none, something that is no string or
+    an exception of any kind. `parse_object` says why."""
+    found: str = _loads(line)[text_field]
+    return found
+
+
+def spelling(text: str) -> bytes:
+    """`text` as JSON in UTF-8, without its quotes, in the one way that escapes no more than it must.
+
+    Different texts have different spellings. Raises an exception for half of a surrogate pair.
+    """
+    return _spelled(text)[1:-1]
 
 
 def require_readable_file(path: str | os.PathLike[str]) -> None:

@@ -257,3 +257,17 @@ def test_a_shard_in_which_the_fast_encoder_differs_is_encoded_again(config_of, m
     assert len(begun) % 2 == 0
     assert {entry["path"].name: entry["path"].read_bytes() for entry in run.files("tokenise")} == before
     assert 0 < outcome.counts["documents"] <= right["documents"]
+
+
+def test_workers_have_one_thread_each_and_this_process_keeps_its_own(config_of, monkeypatch):
+    """What one process does alone, k-means, is not slowed down by a step before it that had workers."""
+    from megatron_ru.data import execution
+
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    with execution._one_thread_each():
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == ("1", "3")
+    run_pipeline(config_of(tokens=None, packing=None, mixture=None), 2, until="read")
+    assert "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"

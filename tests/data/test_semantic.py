@@ -90,7 +90,47 @@ def test_torch_gives_the_same_numbers_as_numpy(rows):
     ours, theirs = (farther_neighbours(points, to_centroid, device, rows=rows) for device in ("cpu", "cpu:0"))
     assert np.array_equal(ours.largest, theirs.largest)
     assert np.array_equal(ours.neighbour, theirs.neighbour)
-    centroids = vectors(20, seed=9)
+    # Each centroid twice: which of the two it is, fp32 cannot tell.
+    centroids = np.repeat(vectors(20, seed=9), 2, axis=0)
     found = [nearest_centroids(points, centroids, device) for device in ("cpu", "cpu:0")]
     for first, second in zip(*found, strict=True):
         assert np.array_equal(first, second)
+    assert set(found[0][0] % 2) == {0}
+    assert_nearest_in_fp64(points, centroids, found[0][0])
+
+
+def assert_nearest_in_fp64(points, centroids, found):
+    assert np.array_equal(np.argmax(points.astype(float) @ centroids.astype(float).T, axis=1), found)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_centroids_nearer_to_each_other_than_rounding_are_told_apart(device):
+    base = vectors(30, seed=5)
+    # A step of a rounding in one element.
+    near = base.copy()
+    near[:, 0] = np.nextafter(near[:, 0], np.float32(2))
+    centroids, points = np.concatenate([base, near]), vectors(400, seed=6)
+    found, _ = nearest_centroids(points, centroids, device)
+    assert_nearest_in_fp64(points, centroids, found)
+    assert 0 < (found < 30).sum() < 400
+
+
+def test_a_mapped_file_goes_to_the_device_without_a_warning(tmp_path, recwarn):
+    points = vectors(50)
+    np.save(tmp_path / "v.npy", points)
+    mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
+    found, _ = nearest_centroids(mapped, mapped[:7], "cpu:0")
+    assert found[:7].tolist() == list(range(7))
+    assert farther_neighbours(mapped, np.zeros(50), "cpu:0").neighbour[0] == -1
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_the_precision_of_products_of_others_stays(recwarn):
+    torch = pytest.importorskip("torch")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        farther_neighbours(vectors(20), np.zeros(20), "cpu:0")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

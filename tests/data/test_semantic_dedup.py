@@ -95,6 +95,18 @@ def test_workers_and_slices_do_not_matter(planted, tmp_path, monkeypatch):
     assert outputs(tmp_path / "one") == outputs(tmp_path / "many")
 
 
+def test_torch_and_numpy_leave_the_same_files(planted, tmp_path):
+    """A GPU differs from this in nothing but the name of the device."""
+    folder, _ = planted
+    found = []
+    for name, device in (("numpy", "cpu"), ("torch", "cpu:0")):
+        run_pipeline(config(folder, tmp_path / name, device=device))
+        run = Run.load(tmp_path / name)
+        steps = ("assign", "neighbours", "threshold", "semantic_dedup")
+        found.append([entry["sha256"] for step in steps for entry in run.files(step)])
+    assert found[0] == found[1]
+
+
 def test_another_target_keeps_the_clusters(planted, tmp_path, monkeypatch):
     from megatron_ru.data import execution
 

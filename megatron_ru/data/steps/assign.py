@@ -34,7 +34,7 @@ def _run(run: Run, task: int) -> Outcome:
 STEPS.register("assign")(
     Step(
         place=42,
-        version=1,
+        version=2,
         wanted=lambda config: config.semantic_dedup is not None,
         settings=lambda config: None,
         tasks=lambda run: len(text_shards(run)),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ru.data.json_lines import text_of
 from megatron_ru.data.outcome import Outcome, file_entry
 from megatron_ru.data.run import Run
 from megatron_ru.data.semantic import normalised
@@ -15,6 +14,7 @@ from megatron_ru.data.step import STEPS, Step
 from megatron_ru.data.vectors import text_shards, write_array
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.extras import require
+from megatron_ru.text.jsonl import text_of
 
 
 def _run(run: Run, task: int) -> Outcome:

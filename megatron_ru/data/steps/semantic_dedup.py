@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from megatron_ru.data.json_lines import text_of
 from megatron_ru.data.outcome import Outcome, hashed_output
 from megatron_ru.data.run import Run
 from megatron_ru.data.segments import open_records
 from megatron_ru.data.step import STEPS, Step
 from megatron_ru.data.vectors import NEIGHBOURS, text_shards
+from megatron_ru.text.jsonl import text_of
 
 
 def _run(run: Run, task: int) -> Outcome:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ru.data.json_lines import text_of
 from megatron_ru.data.language import language_detector
 from megatron_ru.data.outcome import HashedStream, Outcome, hashed_output
 from megatron_ru.data.run import Run
 from megatron_ru.data.segments import DUPLICATES, LINES, open_records
 from megatron_ru.data.sources import Source
 from megatron_ru.data.step import STEPS, Step
+from megatron_ru.text.jsonl import text_of
 
-_COPY_BYTES = 1 << 21
+_COPY_BYTES = 1 << 19
 
 
 def _run(run: Run, task: int) -> Outcome:

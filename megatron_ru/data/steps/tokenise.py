@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ru.data.json_lines import text_of
 from megatron_ru.data.outcome import Outcome, file_entry
 from megatron_ru.data.run import Run
 from megatron_ru.data.step import STEPS, Step
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.text.jsonl import text_of
 from megatron_ru.tokens.encoding import Encoder, load_encoder
 from megatron_ru.tokens.indexed_dataset import dataset_paths, write_dataset
 
