@@ -43,7 +43,7 @@ def pretrain_gpt(words: list[str]) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_ru.engines.choice import engine_seams
+    from megatron_ru.engines.choice import engine_seams, weights_taken
     from megatron_ru.engines.deepspeed.flags import add_engine_flags
     from megatron_ru.engines.gpt_batches import datasets_provider, forward_step
     from megatron_ru.plugin.checks import check_checkpoint_format, check_complete, check_data, check_supported
@@ -58,7 +58,7 @@ def pretrain_gpt(words: list[str]) -> None:
         check_checkpoint_format(args)
         check_data(args)
         args.ru_checkpoints = args.ru_checkpoints or "safe"
-        install_run(args, engine_seams(args))
+        install_run(args, engine_seams(args), weights_taken(args))
 
     try:
         args = parse_and_validate_args(

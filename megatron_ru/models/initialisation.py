@@ -53,9 +53,15 @@ def initialisation_seams() -> list[Seam]:
 
 def initialise(model: nn.Module, seed: int) -> None:
     """Draws every parallel weight of a `GPTModel` stage; the result depends on the seed and the names alone."""
+    for module_name, module in model.named_modules():
+        initialise_own(model, module_name, module, seed)
+
+
+def initialise_own(model: nn.Module, module_name: str, module: nn.Module, seed: int) -> None:
+    """`initialise` for the weights of one module of the stage without those of its children."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, module, parameter in _whole_model_names(model):
+    for name, parameter in _whole_model_names(model, module_name, module):
         noted: ShardedDraw | None = getattr(parameter, _MARK, None)
         device = parameter.device
         if noted is None:
@@ -116,22 +122,21 @@ def _state(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _whole_model_names(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(name in the whole model, module, parameter) of each parameter of one pipeline stage.
+def _whole_model_names(model: nn.Module, module_name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the whole model, parameter) of each parameter that a module of one pipeline stage has itself.
 
     Layers count from the first of the whole model. A tied output layer on the last stage is the embedding.
     """
     tied = getattr(model, "share_embeddings_and_output_weights", False)
-    for module_name, module in model.named_modules():
-        match = re.match(r"((?:.*\.)?layers)\.(\d+)(.*)", module_name)
-        if match:
-            layer = model.get_submodule(f"{match[1]}.{match[2]}")
-            module_name = f"{match[1]}.{layer.layer_number - 1}{match[3]}"
-        for short, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{short}"
-            if tied and name == "output_layer.weight":
-                name = "embedding.word_embeddings.weight"
-            yield name, module, parameter
+    match = re.match(r"((?:.*\.)?layers)\.(\d+)(.*)", module_name)
+    if match:
+        layer = model.get_submodule(f"{match[1]}.{match[2]}")
+        module_name = f"{match[1]}.{layer.layer_number - 1}{match[3]}"
+    for short, parameter in module.named_parameters(recurse=False):
+        name = f"{module_name}.{short}"
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
 
 
 def _note_gpu_draw(original: Callable[..., None]) -> Callable[..., None]:

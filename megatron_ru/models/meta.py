@@ -87,21 +87,26 @@ def materialise(model: nn.Module, device: torch.device | int) -> list[tuple[str,
     Their values are whatever lay there. A weight that stands in two places stays one. Raises `UserError` for a matrix
     without memory that is no weight: what its module wrote into it is lost.
     """
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    return [weight for name, module in model.named_modules() for weight in materialise_own(name, module, device, made)]
+
+
+def materialise_own(
+    module_name: str, module: nn.Module, device: torch.device | int, made: dict[nn.Parameter, nn.Parameter]
+) -> list[tuple[str, nn.Parameter]]:
+    """`materialise` for the weights of one module without those of its children. `made` is one for all modules of a
+    model: from a weight without memory to the one that took its place."""
+    for name, value in {**vars(module), **module._buffers}.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise UserError(f"{module_name}.{name} is no weight and cannot be built on meta; use --ru-meta-init off")
     found = []
-    for module_name, module in model.named_modules():
-        for name, value in {**vars(module), **module._buffers}.items():
-            if isinstance(value, Tensor) and value.is_meta:
-                raise UserError(
-                    f"{module_name}.{name} is no weight and cannot be built on meta; use --ru-meta-init off"
-                )
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta:
-                continue
-            if id(parameter) not in made:
-                made[id(parameter)] = _with_memory(parameter, device)
-                found.append((f"{module_name}.{name}" if module_name else name, made[id(parameter)]))
-            module._parameters[name] = made[id(parameter)]
+    for name, parameter in module._parameters.items():
+        if parameter is None or not parameter.is_meta:
+            continue
+        if parameter not in made:
+            made[parameter] = _with_memory(parameter, device)
+            found.append((f"{module_name}.{name}" if module_name else name, made[parameter]))
+        module._parameters[name] = made[parameter]
     return found
 
 

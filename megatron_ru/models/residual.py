@@ -18,11 +18,11 @@ class AddThenNorm:
     """What stands where Megatron's layer has `get_bias_dropout_add`: the sum by way of the norm that will read it."""
 
     def __init__(self, megatron: Callable[..., Any], norm: RMSNorm):
-        self._megatron, self._norm = megatron, norm
+        self.megatron, self._norm = megatron, norm
 
     def __call__(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """The function (output and bias, residual, dropout) -> sum [sequence, batch, hidden]."""
-        plain = self._megatron(training, fused)
+        plain = self.megatron(training, fused)
 
         def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             output, bias = output_with_bias
@@ -39,14 +39,35 @@ def link_residuals(block: Any) -> None:
     of the block's end, with the sum before it. Leaves alone what is not pre-norm with our RMSNorm."""
     layers = list(block.layers)
     # The input of a recomputed layer is a copy that carries nothing: the norm would be computed twice.
-    across = block.config.recompute_granularity != "full"
+    whole = _whole_layers(block.config, len(layers))
     followers = [getattr(layer, "input_layernorm", None) for layer in layers[1:]]
-    for layer, follower in zip(layers, [*followers, getattr(block, "final_layernorm", None)], strict=True):
+    followers.append(getattr(block, "final_layernorm", None))
+    for index, (layer, follower) in enumerate(zip(layers, followers, strict=True)):
         if not _is_pre_norm(layer):
             continue
         layer.self_attn_bda = AddThenNorm(layer.self_attn_bda, layer.pre_mlp_layernorm)
-        if across and isinstance(follower, RMSNorm):
+        if index >= whole and isinstance(follower, RMSNorm):
             layer.mlp_bda = AddThenNorm(layer.mlp_bda, follower)
+
+
+def relink_residuals(block: Any) -> None:
+    """Links the layers that are linked anew, after what is recomputed in the block has changed."""
+    links = [(layer, name) for layer in block.layers for name in ("self_attn_bda", "mlp_bda")]
+    links = [(layer, name) for layer, name in links if isinstance(getattr(layer, name, None), AddThenNorm)]
+    for layer, name in links:
+        setattr(layer, name, getattr(layer, name).megatron)
+    if links:
+        link_residuals(block)
+
+
+def _whole_layers(config: Any, layers: int) -> int:
+    """How many layers, from the first on, are recomputed whole."""
+    if config.recompute_granularity != "full":
+        return 0
+    # In fp8 Megatron begins later than at the first.
+    later = getattr(config, "fp8", None) or getattr(config, "fp4", None)
+    block = getattr(config, "recompute_method", None) == "block" and not later
+    return config.recompute_num_layers if block else layers
 
 
 def _is_pre_norm(layer: nn.Module) -> bool:

@@ -79,6 +79,17 @@ def extend_parser(
         "Hopper and Ada. Weights, the optimizer and everything else stay as they are.",
     )  # fmt: skip
     group.add_argument(
+        "--ru-recompute", choices=["off", "auto"], default="off",
+        help="What is computed again in backward passes to save memory. auto: before training each pipeline stage "
+        "measures a layer, and its layers recompute parts of themselves, or all, in the way that costs the least time "
+        "among those that fit into memory. off: what Megatron's --recompute-granularity says.",
+    )  # fmt: skip
+    group.add_argument(
+        "--ru-memory-budget", type=float, metavar="GIB", default=None,
+        help="With --ru-recompute auto: GiB that the activations of a rank's layers may take. Left out, what is free "
+        "on the GPU; on a CPU it must be given.",
+    )  # fmt: skip
+    group.add_argument(
         "--ru-exit-signals", action="store_true",
         help="At USR1, USR2 or TERM save a checkpoint at the end of the step and exit with code 75, or with 0 when the "
         "last step was done. Always so under megatron-ru guard.",

@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,24 @@ from megatron_ru.foundation.errors import UserError
 from megatron_ru.models.variant import Variant
 from megatron_ru.seams.seam import Seam
 
+HandOver = Callable[[Sequence[Any]], None]
+"""Takes some parameters that have their values; what it leaves in them looks like them and is not read."""
+
 # Values of --dist-ckpt-strictness with which a weight that the checkpoint lacks ends the run.
 _ALL_WEIGHTS_OR_NOTHING = ("assume_ok_unexpected", "log_unexpected", "raise_unexpected", "raise_all")
 _NAMES_IN_ERRORS = 3
 
 
 class ModelBuilding:
-    """The stages that this process builds. Raises `UserError` for `--ru-meta-init on` where it cannot be."""
+    """The stages that this process builds. Raises `UserError` for `--ru-meta-init on` where it cannot be.
 
-    def __init__(self, args: argparse.Namespace, variant: Variant | None):
+    With `hand_over`, a stage that is built on meta gets its values module by module, and each module's weights go to it
+    before the next one's are made.
+    """
+
+    def __init__(self, args: argparse.Namespace, variant: Variant | None, hand_over: HandOver | None = None):
         self._args = args
+        self._hand_over = hand_over
         self._variant = variant
         self.whole = args.ru_init == "whole" and not getattr(args, "num_experts", None)
         """Whether each weight is drawn whole and cut."""
@@ -87,7 +95,11 @@ class ModelBuilding:
 
     def _finish(self, model: Any, put_off: Iterable[Any]) -> None:
         """Completes one pipeline stage right after Megatron has built it."""
-        made = []
+        _set_input_positions(model, self._variant)
+        if self.meta and self._hand_over is not None:
+            self._finish_by_modules(model, put_off, self._hand_over)
+            return
+        made: list[tuple[str, Any]] = []
         if self.meta:
             import torch
 
@@ -96,25 +108,46 @@ class ModelBuilding:
             made = materialise(model, torch.cuda.current_device())
             for stage in put_off:
                 stage.setup_embeddings_and_output_layer()
-        _set_input_positions(model, self._variant)
         if self.will_be_loaded:
-            self._leave_empty(model)
+            self._leave_empty(model.named_parameters())
         elif self.whole:
-            from megatron_ru.models.initialisation import draws, initialise
+            from megatron_ru.models.initialisation import initialise
 
-            # Megatron has drawn these while they had no memory.
-            lost = [name for name, parameter in made if not draws(parameter)]
-            if lost and model.config.perform_initialization:
-                raise UserError(f"{lost[0]} is drawn by a module of its own, not on meta; use --ru-meta-init off")
+            _check_drawn(model, made)
             initialise(model, self._args.seed)
 
-    def _leave_empty(self, model: Any) -> None:
+    def _finish_by_modules(self, model: Any, put_off: Iterable[Any], hand_over: HandOver) -> None:
+        """The same, with no more in memory than the weights of one module."""
+        import torch
+
+        from megatron_ru.models.initialisation import initialise_own
+        from megatron_ru.models.meta import materialise_own
+
+        for stage in put_off:
+            # Marks weights, and reads them only where there are several pipeline stages.
+            stage.setup_embeddings_and_output_layer()
+        replaced: dict[Any, Any] = {}
+        gone: set[Any] = set()
+        for name, module in model.named_modules():
+            made = materialise_own(name, module, torch.cuda.current_device(), replaced)
+            weights = list(module.parameters(recurse=False))
+            if not gone.isdisjoint(weights):
+                raise UserError(f"{name} shares a weight with a module before it; use --ru-meta-init off")
+            if self.will_be_loaded:
+                self._leave_empty(module.named_parameters(name, recurse=False))
+            elif self.whole:
+                _check_drawn(model, made)
+                initialise_own(model, name, module, self._args.seed)
+            hand_over(weights)
+            gone.update(weights)
+
+    def _leave_empty(self, weights: Iterable[tuple[str, Any]]) -> None:
         """A restart would pay for the drawing and throw it away. The first number of each weight says whether it was
         loaded: it is NaN until then."""
         import torch
 
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in weights:
                 parameter.view(-1)[:1].fill_(torch.nan)
                 self._unloaded.append((name, parameter))
 
@@ -171,6 +204,15 @@ def _fsdp(args: argparse.Namespace) -> str | None:
     flags = ("use_torch_fsdp2", "use_megatron_fsdp", "use_custom_fsdp")
     found = (f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag, False))
     return next(found, None)
+
+
+def _check_drawn(model: Any, made: Iterable[tuple[str, Any]]) -> None:
+    """Raises `UserError` for a weight that Megatron has drawn while it had no memory, and that is not drawn again."""
+    from megatron_ru.models.initialisation import draws
+
+    lost = [name for name, parameter in made if not draws(parameter)]
+    if lost and model.config.perform_initialization:
+        raise UserError(f"{lost[0]} is drawn by a module of its own, not on meta; use --ru-meta-init off")
 
 
 def _set_input_positions(model: Any, variant: Variant | None) -> None:

@@ -17,10 +17,12 @@ from megatron_ru.plugin.faults import fault_seams, faults_of
 from megatron_ru.plugin.fused_ops import fused_op_seams
 from megatron_ru.plugin.heartbeats import current_heartbeat, heartbeat_seams
 from megatron_ru.plugin.host_ahead import host_ahead_seams
-from megatron_ru.plugin.model_building import ModelBuilding
+from megatron_ru.plugin.model_building import HandOver, ModelBuilding
 from megatron_ru.plugin.nan_gradients import nan_gradient_seams
 from megatron_ru.plugin.packed_data import packed_data_seams
+from megatron_ru.plugin.recompute_choice import recompute_seams
 from megatron_ru.plugin.safe_checkpoints import safe_checkpoint_seams
+from megatron_ru.plugin.save_results import save_result_seams
 from megatron_ru.plugin.startup_times import StartupTimes, sentence
 from megatron_ru.plugin.step_metrics import StepMetrics
 from megatron_ru.plugin.step_profile import step_profile_seams
@@ -35,13 +37,16 @@ _installed: list[Seam] = []
 _ops_before: list[str] = []
 
 
-def install_run(args: argparse.Namespace, of_engine: Sequence[Seam] = ()) -> None:
+def install_run(args: argparse.Namespace, of_engine: Sequence[Seam] = (), hand_over: HandOver | None = None) -> None:
     """Chooses the ops and installs the seams that the parsed arguments call for, around those of an engine; a second
-    call in one process replaces the first. Raises `UserError` for an unknown op or variant."""
+    call in one process replaces the first. `hand_over` is the engine's too: see `ModelBuilding`.
+
+    Raises `UserError` for an unknown op or variant.
+    """
     undo_run()
     _ops_before.append(",".join(backend.selected()) or "none")
     backend.select(args.ru_ops)
-    for seam in (*of_engine, *run_seams(args)):
+    for seam in (*of_engine, *run_seams(args, hand_over)):
         seam.install()
         _installed.append(seam)
     if CPU_DEVICE.installed:
@@ -56,7 +61,7 @@ def undo_run() -> None:
         backend.select(_ops_before.pop())
 
 
-def run_seams(args: argparse.Namespace) -> list[Seam]:
+def run_seams(args: argparse.Namespace, hand_over: HandOver | None = None) -> list[Seam]:
     """The seams of one run, in the order of installation; those of ops are of the ops that are chosen now."""
     variant = find_variant(args.ru_variant) if args.ru_variant else None
     check_fp8(args)
@@ -77,7 +82,10 @@ def run_seams(args: argparse.Namespace) -> list[Seam]:
     if args.ru_validate_from_start:
         check_validation(args)
         seams += validation_seams()
-    if CPU_DEVICE.installed and getattr(args, "async_save", False):
+    seams += recompute_seams(args, metrics.tell if metrics else lambda line: None)
+    if not getattr(args, "async_save", False):
+        seams += save_result_seams()
+    elif CPU_DEVICE.installed:
         seams += cpu_writer_seams()
     seams += safe_checkpoint_seams(args, metrics.tell if metrics else lambda line: None)
     seams += _startup_seams(metrics)
@@ -85,7 +93,7 @@ def run_seams(args: argparse.Namespace) -> list[Seam]:
     seams += step_profile_seams(args)
     seams += _guard_seams(args)
     if args.spec == HOST_SPEC:
-        seams += _model_seams(variant) + ModelBuilding(args, variant).seams() + attention_seams(args)
+        seams += _model_seams(variant) + ModelBuilding(args, variant, hand_over).seams() + attention_seams(args)
     return seams
 
 

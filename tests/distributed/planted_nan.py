@@ -88,10 +88,10 @@ def watching(original):
 seams = run.run_seams
 
 
-def seams_with_mine(args):
+def seams_with_mine(*arguments):
     reason = "a test"
     return [
-        *seams(args),
+        *seams(*arguments),
         Seam(
             target="megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
             make=planting, reason=reason,

@@ -94,14 +94,14 @@ def watching(original):
 seams = run.run_seams
 
 
-def seams_with_mine(args):
+def seams_with_mine(*arguments):
     places = {
         "deepspeed.runtime.engine:DeepSpeedEngine.buffered_allreduce_fallback": planting_whole,
         "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.reduce_ipg_grads": planting_in_a_bucket,
         f"deepspeed.runtime.zero.stage3:{STAGE_3}._{STAGE_3}__reduce_and_partition_ipg_grads": planting_in_shards,
         "megatron.training.training:get_megatron_optimizer": watching,
     }
-    return [*seams(args), *(Seam(target=target, make=make, reason="a test") for target, make in places.items())]
+    return [*seams(*arguments), *(Seam(target=target, make=make, reason="a test") for target, make in places.items())]
 
 
 run.run_seams = seams_with_mine

@@ -9,6 +9,7 @@ import torch
 from tests.training_runs import relative_difference, torchrun
 
 SCRIPT = str(Path(__file__).with_name("planted_nan_deepspeed.py"))
+MEMORY = str(Path(__file__).with_name("building_memory.py"))
 POISONED = "layers.1.mlp.linear_fc2.weight"
 REPLICATED = "layers.0.input_layernorm.weight"
 DEEPSPEED = ("--engine", "deepspeed")
@@ -53,6 +54,49 @@ def test_every_stage_gives_the_losses_of_the_megatron_engine(trainer, single, ze
     run.assert_trained(range(1, 21))
     assert relative_difference(single, run) < 1e-4
     assert _norms(run) == pytest.approx(_norms(single), rel=1e-3)
+
+
+@slow
+@pytest.mark.parametrize(
+    "words",
+    [(), TENSOR, (*TENSOR, "--bf16"), ("--zero-offload", "cpu"), ("--ru-variant", "ru_demo", "--num-layers", "4")],
+    ids=["dp4", "tp2", "tp2_bf16", "offload", "tied"],
+)
+def test_zero_3_trains_alike_where_no_rank_ever_held_the_model(trainer, zero, words):
+    runs = [
+        trainer.run(4, *zero(3), *words, "--ru-meta-init", how, name=f"meta_{how}_{len(words)}_{words[-1:]}", steps=12)
+        for how in ("off", "on")
+    ]
+    for run in runs:
+        run.assert_trained(range(1, 13))
+    assert runs[1].losses == runs[0].losses
+    assert _norms(runs[1]) == _norms(runs[0])
+    said = [sorted(line for line in run.output.splitlines() if "number of parameters on" in line) for run in runs]
+    assert said[0] == said[1] != []
+
+
+@slow
+def test_no_rank_ever_holds_the_model_while_it_is_built(trainer, zero):
+    found = {}
+    size = ("--hidden-size", "1024", "--num-layers", "8", "--num-attention-heads", "16")
+    for how in ("off", "on"):
+        folder = trainer.folder / f"memory_{how}"
+        folder.mkdir()
+        run = trainer.run(
+            4, *zero(3), *size, "--ru-variant", "llama3_tiny", "--ru-meta-init", how, name=f"memory_{how}", steps=1,
+            command=[*torchrun(4), MEMORY],
+            # Without it malloc keeps what was freed, in holes between the shares.
+            environment={"MEMORY": str(folder), "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        )  # fmt: skip
+        run.assert_trained(range(1, 2))
+        found[how] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    whole = found["off"][0]["model"]
+    assert {rank["model"] for ranks in found.values() for rank in ranks} == {whole}
+    assert all(rank["building"] > whole for rank in found["off"])
+    # A quarter, the largest weight and what draws it.
+    assert all(rank["building"] < 0.5 * whole for rank in found["on"])
+    # The optimizer, which both need, is most of it by then.
+    assert all(rank["engine"] < 0.9 * max(other["engine"] for other in found["off"]) for rank in found["on"])
 
 
 def test_a_checkpoint_goes_from_megatron_to_deepspeed_and_back(trainer, single, zero):

@@ -25,7 +25,8 @@ def build_gpt(one_process):
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     functions = {"gelu": torch.nn.functional.gelu, "swish": torch.nn.functional.silu}
 
-    def build(name, *, sizes=None, config=None, model=None, init="whole", meta="auto", seed=7, ops="all"):
+    def build(name, *, sizes=None, config=None, model=None, init="whole", meta="auto", seed=7, ops="all",
+              hand_over=None):  # fmt: skip
         variant = dataclasses.replace(find_variant(name), **{**TINY, **(sizes or {})})
         values = megatron_arguments(variant)
         settings = {key: value for key, value in values.items() if key in known}
@@ -44,6 +45,8 @@ def build_gpt(one_process):
             ru_profile_steps=None,
             ru_attention="fused",
             ru_fp8=None,
+            ru_recompute="off",
+            ru_memory_budget=None,
             ru_validate_from_start=False,
             ru_nan_grads=None,
             ru_nan_names=False,
@@ -58,7 +61,7 @@ def build_gpt(one_process):
             spec=HOST_SPEC,
             log_interval=1,
         )
-        install_run(options)
+        install_run(options, hand_over=hand_over)
         try:
             gpt = GPTModel(
                 TransformerConfig(**settings),

@@ -58,6 +58,54 @@ def test_no_memory_is_given_before_the_model_is_complete(build_gpt, monkeypatch)
     assert not found
 
 
+@pytest.mark.parametrize("name", ["gpt2_tiny", "rugpt3_13b", "ru_demo", "gpt2_pos_every_layer"])
+def test_weights_that_are_taken_by_the_module_are_the_same(build_gpt, name):
+    taken = {}
+
+    def take(weights):
+        for weight in weights:
+            assert not weight.is_meta
+            taken[weight] = weight.detach().clone()
+            weight.data = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+
+    expected = build_gpt(name, meta="off")[0]
+    model = build_gpt(name, meta="on", hand_over=take)[0]
+    wanted = parameters_of(expected)
+    assert list(parameters_of(model)) == list(wanted)
+    # In the order of the model, which all ranks have.
+    assert [*taken] == [*model.parameters()]
+    for key, weight in parameters_of(model).items():
+        assert torch.equal(taken[weight], wanted[key]), key
+        assert marks(weight) == marks(wanted[key]), key
+
+
+def test_no_more_than_one_module_has_memory_when_its_weights_are_taken(build_gpt, monkeypatch):
+    made = []
+    original = meta.materialise_own
+
+    def making(name, module, device, replaced):
+        found = original(name, module, device, replaced)
+        made.extend(weight for _, weight in found)
+        return found
+
+    monkeypatch.setattr(meta, "materialise_own", making)
+    together = []
+
+    def take(weights):
+        together.append(len(made))
+        assert {id(weight) for weight in made} <= {id(weight) for weight in weights}
+        made.clear()
+
+    build_gpt("llama3_tiny", meta="on", hand_over=take)
+    # Two layers of four matrices, two tables.
+    assert max(together) == 1
+    assert sum(together) == 10
+
+
+def test_without_meta_nothing_is_taken(build_gpt):
+    build_gpt("llama3_tiny", meta="off", hand_over=lambda weights: pytest.fail("taken"))
+
+
 def test_the_random_state_is_where_it_would_be(build_gpt):
     states = []
     for how in ("off", "on"):

@@ -107,5 +107,22 @@ def test_what_was_not_loaded_ends_the_run(saved):
         loaded(saved, fill())
 
 
+def test_weights_that_are_taken_and_loaded_are_not_drawn(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    taken, run = [], building(load=saved)
+    run._finish_by_modules(Stage(), [], lambda weights: taken.extend(weight.flatten().tolist() for weight in weights))
+    assert [len(weight) for weight in taken] == [12, 4, 8, 2]
+    assert all(weight[0] != weight[0] for weight in taken)
+    assert [name for name, _ in run._unloaded] == ["one.weight", "one.bias", "two.weight", "two.bias"]
+
+
+def test_a_weight_in_two_modules_cannot_be_taken_twice(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stage = Stage()
+    stage.two.weight = stage.one.weight
+    with pytest.raises(UserError, match="two shares a weight with a module before it; use --ru-meta-init off"):
+        building(load=saved)._finish_by_modules(stage, [], lambda weights: None)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_check():
     assert not [seam for seam in building().seams() if seam.target.endswith("load_checkpoint")]

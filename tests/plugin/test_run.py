@@ -42,6 +42,9 @@ ALWAYS = [
     "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
     "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
     "megatron.core.utils:fused_weight_gradient_mlp_cuda",
+    # Without --async-save.
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
 ]
 ROPE = [
     "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
@@ -91,7 +94,7 @@ def arguments(**changes):
         "ru_meta_init": "auto", "ru_ops": "all", "ru_nan_grads": None, "ru_nan_names": False, "ru_checkpoints": None,
         "ru_keep": None, "ru_keep_every": None, "save": None, "load": None, "async_save": False,
         "seed": 7, "spec": HOST_SPEC, "log_interval": 1, "num_experts": None,
-        "gradient_accumulation_fusion": True, "ru_fp8": None,
+        "gradient_accumulation_fusion": True, "ru_fp8": None, "ru_recompute": "off", "ru_memory_budget": None,
     }  # fmt: skip
     return Namespace(**settings | changes)
 

@@ -1,6 +1,5 @@
 """A DeepSpeedEngine around Megatron's model."""
 
-import logging
 from argparse import Namespace
 from typing import Any
 
@@ -13,7 +12,8 @@ from megatron_ru.engines.deepspeed.groups import Groups
 from megatron_ru.engines.deepspeed.model import EngineModel, add_tensor_parallel_sums
 from megatron_ru.engines.deepspeed.optimizer import EngineOptimizer
 from megatron_ru.engines.deepspeed.optimizer_checkpoint import OptimizerCheckpoint
-from megatron_ru.engines.deepspeed.support import import_deepspeed
+from megatron_ru.engines.deepspeed.sharding_early import end_early_sharding
+from megatron_ru.engines.deepspeed.support import import_deepspeed, quieten
 from megatron_ru.engines.deepspeed.weights import ShardedWeights, Weights
 
 _engine: Any = None
@@ -33,7 +33,7 @@ def build_engine(
     """
     global _engine
     deepspeed = import_deepspeed()
-    _quieten(given)
+    quieten(given)
     groups = Groups()
     settings = build_config(args, given, groups.get_data_parallel_world_size())
     stage = settings["zero_optimization"]["stage"]
@@ -43,6 +43,7 @@ def build_engine(
         adam = _adam_on_cpu(config, model, config_overrides)
     # Before the engine's own hooks, which take the gradients away.
     add_tensor_parallel_sums(model, parallel_state.get_tensor_model_parallel_group())
+    end_early_sharding(model.module)
     engine, _, _, _ = deepspeed.initialize(model=model.module, optimizer=adam, mpu=groups, config=settings)
     _engine = engine
     state = state_of(engine.optimizer)
@@ -82,9 +83,3 @@ def _adam_on_cpu(config: Any, model: EngineModel, config_overrides: Any) -> Any:
 
 def _groups(config: Any, model: EngineModel, config_overrides: Any) -> list[dict[str, Any]]:
     return [group for group in _get_param_groups([model], config, config_overrides) if group["params"]]
-
-
-def _quieten(given: Config) -> None:
-    """DeepSpeed tells of every buffer that it makes."""
-    if "log_level" not in given:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """What the DeepSpeed engine does not carry out, known before anything is built."""
 
+import logging
 import os
 from argparse import Namespace
 from typing import Any
@@ -78,3 +79,9 @@ def import_deepspeed() -> Any:
             "pip install 'megatron-ru[deepspeed]'"
         )
     return deepspeed
+
+
+def quieten(given: dict[str, Any]) -> None:
+    """DeepSpeed tells of every buffer that it makes, unless the user's JSON says how much it tells."""
+    if "log_level" not in given:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

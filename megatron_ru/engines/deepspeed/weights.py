@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from megatron_ru.engines.deepspeed.engine_state import EngineState
+from megatron_ru.engines.deepspeed.sharding_early import looking_whole
 
 Shard = ShardedTensor | ShardedTensorFactory
 
@@ -119,13 +120,12 @@ class ShardedWeights(Weights):
 
     @contextmanager
     def _of_full_size(self) -> Iterator[None]:
-        """Inside, each parameter looks whole: one number, repeated, that takes no memory."""
+        """Inside, each parameter looks whole."""
         before = {}
         for parameter in self.parameters.values():
             if parameter.shape != parameter.ds_shape:
                 before[parameter] = parameter.data
-                one = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-                parameter.data = one.expand(parameter.ds_shape)
+                parameter.data = looking_whole(parameter)
         try:
             yield
         finally:
