@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ru.foundation.errors import TRY_AGAIN
 from megatron_ru.plugin.early_start import begin_early
 from megatron_ru.plugin.exit_signals import FLAG
+from megatron_ru.plugin.light_imports import light_imports
 from megatron_ru.plugin.rank_errors import exit_code_of, meet_ranks, refused_by_megatron
 from megatron_ru.plugin.rank_start import start_rank
 
@@ -38,10 +39,12 @@ def pretrain_gpt(words: list[str]) -> None:
     # Both are optional here, so their absence is no news.
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed")
     import psutil
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+
+    with light_imports(words):
+        from megatron.core.enums import ModelType
+        from megatron.training import pretrain, set_startup_timestamps
+        from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
 
     from megatron_ru.engines.choice import engine_seams, weights_taken
     from megatron_ru.engines.deepspeed.flags import add_engine_flags

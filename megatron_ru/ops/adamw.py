@@ -1,5 +1,6 @@
 """AdamW over many tensors in one launch, with rounded copies of the new parameters."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -149,6 +150,9 @@ class FusedAdamW(torch.optim.AdamW):
         super().__init__(params, *arguments, **keywords)
         # GradScaler then leaves scale and finding to us instead of asking the GPU.
         self._step_supports_amp_scaling = True
+
+    # Around it torch has a wrapper that keeps its compiler out, and imports the compiler for that.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What unpickling and loading a state dict call: the steps that come are not ours."""

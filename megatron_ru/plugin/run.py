@@ -17,6 +17,7 @@ from megatron_ru.plugin.faults import fault_seams, faults_of
 from megatron_ru.plugin.fused_ops import fused_op_seams
 from megatron_ru.plugin.heartbeats import current_heartbeat, heartbeat_seams
 from megatron_ru.plugin.host_ahead import host_ahead_seams
+from megatron_ru.plugin.jit_warm_up import jit_warm_up_seams
 from megatron_ru.plugin.model_building import HandOver, ModelBuilding
 from megatron_ru.plugin.nan_gradients import nan_gradient_seams
 from megatron_ru.plugin.packed_data import packed_data_seams
@@ -66,7 +67,7 @@ def run_seams(args: argparse.Namespace, hand_over: HandOver | None = None) -> li
     variant = find_variant(args.ru_variant) if args.ru_variant else None
     check_fp8(args)
     seams = dataset_helper_seams() + packed_data_seams(args) + torch_adam_seams() + fused_op_seams()
-    seams += host_ahead_seams()
+    seams += host_ahead_seams() + jit_warm_up_seams()
     if args.gradient_accumulation_fusion:
         seams += weight_gradient_seams()
     nan_gradients, nan_seams = nan_gradient_seams(args)

@@ -42,6 +42,8 @@ ALWAYS = [
     "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
     "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
     "megatron.core.utils:fused_weight_gradient_mlp_cuda",
+    # Nothing is compiled before it is used.
+    "megatron.training.training:set_jit_fusion_options",
     # Without --async-save.
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
     "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
