@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from itertools import pairwise
 from typing import Any
 
+from megatron_ru.plugin.early_start import value_of
 from megatron_ru.seams.seam import Seam
 
 _BY_THEMSELVES = {"SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer"}
@@ -41,11 +41,9 @@ def light_imports(words: Sequence[str]) -> Iterator[None]:
 
 
 def _needs_no_transformers(words: Sequence[str]) -> bool:
-    given = " ".join(words).replace("=", " ").split()
-    types = {value for word, value in pairwise(given) if word == "--tokenizer-type"}
     # The arguments of a checkpoint or of a file may name another tokenizer.
-    elsewhere = any("checkpoint-args" in word or word.startswith("--yaml") for word in given)
-    return bool(types) and types <= _BY_THEMSELVES and not elsewhere
+    elsewhere = any("checkpoint-args" in word or word.startswith("--yaml") for word in words)
+    return value_of(words, "--tokenizer-type") in _BY_THEMSELVES and not elsewhere
 
 
 def when_called(compiler: Callable[..., Any]) -> Callable[..., Any]:
