@@ -1,4 +1,4 @@
-"""Products of fp8 matrices that are added to an fp32 matrix, which torch has no function for.
+"""Products of fp8 matrices that are written or added to an fp32 matrix, which torch has no function for.
 
 cuBLASLt is in every process in which torch multiplies on a GPU; it is called where it lies, so nothing is compiled.
 Source: NVIDIA, "cuBLAS Library", chapter cublasLt: the numbers below are those of its header, stable since CUDA 11.8.
@@ -49,8 +49,8 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(paths.pop()) if paths else None
 
 
-def add_fp8_product(out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> None:
-    """Adds scale_a · scale_b · (a · bᵀ) to `out`.
+def put_fp8_product(out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *, add: bool) -> None:
+    """Writes scale_a · scale_b · (a · bᵀ) to `out`, or adds it there.
 
     out: [rows, columns] fp32, contiguous; a: [rows, depth], b: [columns, depth], both contiguous, fp8, not both e5m2,
     sizes multiples of 16; scales: fp32 scalars on the device. Raises RuntimeError with cuBLASLt's status when it has no
@@ -63,13 +63,13 @@ def add_fp8_product(out: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b:
         # Row by row is column by column with operands exchanged: cuBLASLt sees outᵀ = b · aᵀ.
         for attribute, scale in ((_SCALE_A, scale_b), (_SCALE_B, scale_a)):
             _set(lt.cublasLtMatmulDescSetAttribute, plan.description, attribute, ctypes.c_void_p(scale.data_ptr()))
-        one = ctypes.c_float(1.0)
+        one, kept = ctypes.c_float(1.0), ctypes.c_float(float(add))
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (b, a, out)]
         layout_b, layout_a, layout_out = plan.layouts
         _check(
             lt.cublasLtMatmul(
                 _handle(out.device.index), plan.description, ctypes.byref(one), pointers[0], layout_b, pointers[1],
-                layout_a, ctypes.byref(one), pointers[2], layout_out, pointers[2], layout_out,
+                layout_a, ctypes.byref(kept), pointers[2], layout_out, pointers[2], layout_out,
                 ctypes.byref(plan.choice), ctypes.c_void_p(_workspace(out.device.index).data_ptr()),
                 ctypes.c_size_t(_WORKSPACE), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             ),

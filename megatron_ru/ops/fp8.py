@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ru.ops.cublaslt import add_fp8_product, library
+from megatron_ru.ops.cublaslt import library, put_fp8_product
 from megatron_ru.ops.library import load, operator
+from megatron_ru.ops.weight_gradient import takes_first
 
 _fused_round = operator("round_fp8")
 
@@ -50,7 +51,8 @@ def round_fp8_plain(x: Tensor, dtype: torch.dtype) -> Rounded:
 def linear_fp8(x: Tensor, weight: Tensor, kept: Tensor | None = None) -> Tensor:
     """x · weightᵀ in the dtype of x: [..., out features] of x [..., in features], weight [out features, in features].
 
-    With `kept`, fp32 of the weight's shape, backward adds the weight's gradient there and returns an empty one.
+    With `kept`, of the weight's shape and in fp32 or its dtype, backward adds the weight's gradient there, or writes it
+    if `kept` awaits its first (`megatron_ru.ops.weight_gradient`), and returns an empty one.
     """
     return _LinearFp8.apply(x, weight, kept)  # type: ignore[no-any-return]
 
@@ -83,10 +85,13 @@ class _LinearFp8(torch.autograd.Function):
         if ctx.kept is None:
             own = _product(rounded.columns, inputs, rounded.scale, input_scale, weight.dtype, fast=False)
             return back, own, None
-        if rounded.columns.is_cuda and library() is not None:
-            add_fp8_product(ctx.kept, rounded.columns, inputs, rounded.scale, input_scale)
+        first = takes_first(ctx.kept)
+        wide = ctx.kept.dtype is torch.float32
+        if wide and rounded.columns.is_cuda and library() is not None:
+            put_fp8_product(ctx.kept, rounded.columns, inputs, rounded.scale, input_scale, add=not first)
         else:
-            ctx.kept += _product(rounded.columns, inputs, rounded.scale, input_scale, torch.float32, fast=False)
+            own = _product(rounded.columns, inputs, rounded.scale, input_scale, ctx.kept.dtype, fast=False)
+            ctx.kept.copy_(own) if first else ctx.kept.add_(own)
         return back, torch.empty_like(weight), None
 
 

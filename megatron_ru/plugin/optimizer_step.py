@@ -16,6 +16,7 @@ from megatron_ru.ops.adamw import FusedAdamW
 from megatron_ru.seams.seam import Seam
 
 _HALF = (torch.bfloat16, torch.float16)
+_UP_TO_FP32 = (*_HALF, torch.float32)
 
 
 class MegatronAdamW(FusedAdamW):
@@ -75,9 +76,10 @@ def _norm_without_waiting(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: Any, per_tensor: bool, *others: Any) -> Any:
         tensors = tensor_lists[0]
-        if per_tensor or len(tensor_lists) != 1 or len({(t.device, t.dtype) for t in tensors}) != 1:
+        one_list = len(tensor_lists) == 1 and len({tensor.device for tensor in tensors}) == 1
+        if per_tensor or not one_list or any(tensor.dtype not in _UP_TO_FP32 for tensor in tensors):
             return original(chunk_size, noop_flag, tensor_lists, per_tensor, *others)
-        norms = torch.stack(torch._foreach_norm(tensors))
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
         return torch.linalg.vector_norm(norms, dtype=torch.float32).reshape(1), None
 
     return l2_norm

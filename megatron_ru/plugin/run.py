@@ -14,12 +14,14 @@ from megatron_ru.plugin.cpu_writer import cpu_writer_seams
 from megatron_ru.plugin.dataset_helpers import dataset_helper_seams
 from megatron_ru.plugin.exit_signals import exit_signal_seams, listener
 from megatron_ru.plugin.faults import fault_seams, faults_of
+from megatron_ru.plugin.first_gradients import first_gradient_seams
 from megatron_ru.plugin.fused_ops import fused_op_seams
 from megatron_ru.plugin.heartbeats import current_heartbeat, heartbeat_seams
 from megatron_ru.plugin.host_ahead import host_ahead_seams
 from megatron_ru.plugin.jit_warm_up import jit_warm_up_seams
 from megatron_ru.plugin.model_building import HandOver, ModelBuilding
 from megatron_ru.plugin.nan_gradients import nan_gradient_seams
+from megatron_ru.plugin.narrow_gradients import narrow_gradient_seams
 from megatron_ru.plugin.packed_data import packed_data_seams
 from megatron_ru.plugin.recompute_choice import recompute_seams
 from megatron_ru.plugin.safe_checkpoints import safe_checkpoint_seams
@@ -70,6 +72,8 @@ def run_seams(args: argparse.Namespace, hand_over: HandOver | None = None) -> li
     seams += host_ahead_seams() + jit_warm_up_seams()
     if args.gradient_accumulation_fusion:
         seams += weight_gradient_seams()
+    if "adamw" in backend.selected():
+        seams += narrow_gradient_seams(args)
     nan_gradients, nan_seams = nan_gradient_seams(args)
     metrics, throughput = None, Throughput()
     if args.ru_metrics:
@@ -80,6 +84,9 @@ def run_seams(args: argparse.Namespace, hand_over: HandOver | None = None) -> li
         seams += [metrics.seam(), *metrics.evaluation_seams()]
     # Around the metrics, which write what these have counted.
     seams += nan_seams + throughput.seams()
+    if args.gradient_accumulation_fusion:
+        # Around the guard, which reads what is reduced.
+        seams += first_gradient_seams(args)
     if args.ru_validate_from_start:
         check_validation(args)
         seams += validation_seams()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ru.models.gradient_buffer import gradient_buffer_of, mark_when_added
@@ -59,7 +60,7 @@ def _embedding(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def look_up(input: Tensor, weight: Tensor, *others: Any, **keywords: Any) -> Tensor:
         kept = gradient_buffer_of(weight) if EMBEDDING.on else None
-        if others or keywords or kept is None:
+        if others or keywords or kept is None or kept.dtype is not torch.float32:
             return original(input, weight, *others, **keywords)
         out = embedding(input, weight, kept)
         mark_when_added(out, weight)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ru.ops.cublaslt import add_fp8_product, library
+from megatron_ru.ops.cublaslt import library, put_fp8_product
 from megatron_ru.ops.fp8 import linear_fp8, round_fp8, round_fp8_plain
 
 pytestmark = pytest.mark.gpu
@@ -38,15 +38,15 @@ def test_a_nan_and_zeros():
     assert torch.isnan(linear_fp8(x, weight)).all()
 
 
-def test_the_product_that_adds():
+def test_the_product_that_writes_and_adds():
     assert library() is not None
     a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((272, 4096), (144, 4096)))
     left, right = round_fp8(a, torch.float8_e5m2), round_fp8(b, torch.float8_e4m3fn)
     exact = (left.rows.double() @ right.rows.double().t()) * left.scale.double() * right.scale.double()
-    kept = torch.ones(272, 144, device="cuda")
-    for times in (1, 2):
-        add_fp8_product(kept, left.rows, right.rows, left.scale, right.scale)
-        error = (kept.double() - 1 - times * exact).abs().max() / exact.abs().max()
+    kept = torch.full((272, 144), torch.nan, device="cuda")
+    for times in (1, 2, 3):
+        put_fp8_product(kept, left.rows, right.rows, left.scale, right.scale, add=times > 1)
+        error = (kept.double() - times * exact).abs().max() / exact.abs().max()
         assert error.item() < 2e-3
 
 

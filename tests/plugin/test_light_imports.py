@@ -11,10 +11,17 @@ from megatron_ru.plugin.light_imports import light_imports, when_called
 SENTENCEPIECE = ("--tokenizer-type", "SentencePieceTokenizer")
 
 
+def take_out():
+    """The modules of transformers that are imported, which are not from then on."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "transformers"}
+
+
 @pytest.fixture(autouse=True)
-def not_imported(monkeypatch):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
-        monkeypatch.delitem(sys.modules, name)
+def not_imported():
+    before = take_out()
+    yield
+    take_out()
+    sys.modules.update(before)
 
 
 def imports_transformers():

@@ -42,6 +42,9 @@ ALWAYS = [
     "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
     "megatron.core.tensor_parallel.layers:fused_weight_gradient_mlp_cuda",
     "megatron.core.utils:fused_weight_gradient_mlp_cuda",
+    # Nor are zeros written for them.
+    "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.reset",
+    "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
     # Nothing is compiled before it is used.
     "megatron.training.training:set_jit_fusion_options",
     # Without --async-save.
