@@ -1,4 +1,8 @@
-"""What one task of a step reports: counts, samples of what it dropped, and its files with their hashes."""
+"""What one task of a step reports: counts, samples of what it dropped, and its files with their sums.
+
+A sum is XXH3 of 128 bits (https://xxhash.com), as `xxh128sum` prints it. It finds files that were torn, flipped or
+exchanged, not one that was forged, at 34 GB/s on one core of an AMD EPYC (CRC32 7, SHA-256 2 GB/s).
+"""
 
 import hashlib
 import json
@@ -12,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_128
 
 from megatron_ru.foundation.files import atomic_output
 
@@ -34,7 +39,7 @@ class Outcome:
     histograms: dict[str, Counter[str]] = field(default_factory=dict)
     """By name: how many values lie in each class; classes are powers of two."""
     files: list[dict[str, Any]] = field(default_factory=list)
-    """name (within the step's folder), bytes, sha256 and what else later steps need to know of them."""
+    """name (within the step's folder), bytes, xxh3_128 and what else later steps need to know of them."""
 
     def drop(self, reason: str, place: str, text: str, count: int = 1) -> None:
         """Counts a document that is dropped and keeps a few as samples."""
@@ -85,17 +90,17 @@ class HashedStream:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._hash = hashlib.sha256()
+        self._sum = xxh3_128()
         self.bytes = 0
 
     def write(self, data: Any) -> None:
         self._stream.write(data)
-        self._hash.update(data)
+        self._sum.update(data)
         self.bytes += memoryview(data).nbytes
 
     @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+    def xxh3_128(self) -> str:
+        return self._sum.hexdigest()
 
 
 @contextmanager
@@ -104,14 +109,14 @@ def hashed_output(folder: Path, name: str, outcome: Outcome, **details: Any) -> 
     with atomic_output(folder / name) as raw:
         stream = HashedStream(raw)
         yield stream
-    outcome.files.append({"name": name, "bytes": stream.bytes, "sha256": stream.sha256, **details})
+    outcome.files.append({"name": name, "bytes": stream.bytes, "xxh3_128": stream.xxh3_128, **details})
 
 
 def file_entry(path: Path, **details: Any) -> dict[str, Any]:
     """The entry of a file that somebody else wrote."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest, **details}
+        digest = hashlib.file_digest(stream, xxh3_128).hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "xxh3_128": digest, **details}
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

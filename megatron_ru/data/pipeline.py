@@ -40,7 +40,7 @@ def run_pipeline(
 
 def write_manifest(run: Run) -> dict[str, Any]:
     """Writes `manifest.json`: the config, versions, and of each step that is done counts, samples and files with
-    their hashes. It is the same for any number of workers and after any number of stops."""
+    their sums. It is the same for any number of workers and after any number of stops."""
     import json
 
     described = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))

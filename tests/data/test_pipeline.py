@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import random
@@ -10,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import xxhash
 
 from megatron_ru.batches.packed import read_packed
 from megatron_ru.data import execution
@@ -58,14 +58,14 @@ def test_text_becomes_datasets(config_of, corpus, tokenizer_file):
     assert manifest["complete"]
 
 
-def test_manifest_has_the_hashes_of_the_files(config_of):
+def test_manifest_has_the_sums_of_the_files(config_of):
     config = config_of()
     manifest = run_pipeline(config)
     names = []
     for step, outcome in manifest["steps"].items():
         for entry in outcome["files"]:
             path = Run.load(config.output).step_folder(step) / entry["name"]
-            assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"], path
+            assert xxhash.xxh3_128_hexdigest(path.read_bytes()) == entry["xxh3_128"], path
             names.append(path.name)
     assert {"train.bin", "train.idx", "valid.bin", "valid.idx", "train.packed.json"} <= set(names)
     assert {"numpy", "megatron_ru"} <= manifest["versions"].keys()
@@ -128,6 +128,28 @@ def test_a_lost_file_is_made_again(config_of):
     lost.write_bytes(lost.read_bytes()[:-10])
     run_pipeline(config)
     assert outputs(run.folder) == before
+
+
+def test_what_was_finished_with_other_sums_is_kept(config_of, monkeypatch):
+    config = config_of()
+    run_pipeline(config)
+    run = Run.load(config.output)
+    steps = run.folder / "steps"
+    # As an earlier version left it.
+    for path in (*steps.glob("*/step.json"), *steps.glob("*/tasks/*.json")):
+        path.write_text(path.read_text().replace('"xxh3_128"', '"sha256"'))
+    Run._load.cache_clear()
+    lost = run.files("texts", kind="shard")[1]["path"]
+    lost.unlink()
+    ran = []
+    run_task = execution.run_task
+    monkeypatch.setattr(
+        execution, "run_task", lambda f, name, task: ran.append((name, task)) or run_task(f, name, task)
+    )
+    files = [entry for outcome in run_pipeline(config)["steps"].values() for entry in outcome["files"]]
+    assert ran == [("texts", 1)]
+    assert [entry["name"] for entry in files if "xxh3_128" in entry] == [lost.name]
+    assert all(("xxh3_128" in entry) != ("sha256" in entry) for entry in files)
 
 
 def test_changed_input_is_noticed(config_of, corpus):

@@ -32,14 +32,14 @@ def _run(run: Run, task: int) -> Outcome:
     byte = source.first_byte() if lines is None else 0
     for number, entry in segments:
         records = np.array(open_records(entry["path"], LINES))
-        keep = _kept(run, source, number, entry["first_line"], records, outcome)
+        keep = _kept(run, task, number, entry["first_line"], records, outcome)
         # Nothing is written of a segment that lost all its documents.
         name, shard = f"{entry['name'].removesuffix('.lines')}.jsonl", Outcome()
         with hashed_output(run.step_folder("texts"), name, shard, kind="shard", domain=source.domain) as stream:
             if lines is None:
                 _copy_bytes(source, byte, records, keep, stream)
             else:
-                _copy_lines(lines, entry["first_line"], keep, stream, outcome, source, run.config.text_field, judge)
+                _copy_lines(run, task, lines, entry["first_line"], keep, stream, outcome, judge)
             byte += int(records["bytes"].sum(dtype=np.int64))
         kept = int(keep.sum())
         shard.files[0]["documents"] = kept
@@ -55,7 +55,7 @@ def _run(run: Run, task: int) -> Outcome:
 
 
 def _kept(
-    run: Run, source: Source, segment: int, first_line: int, records: npt.NDArray[Any], outcome: Outcome
+    run: Run, task: int, segment: int, first_line: int, records: npt.NDArray[Any], outcome: Outcome
 ) -> npt.NDArray[np.bool_]:
     """Which lines are kept, as far as lengths and duplicates say, bool [lines]; the others are counted."""
     keep = records["characters"] >= 0
@@ -65,13 +65,13 @@ def _kept(
         outcome.dropped["duplicate"] += len(found)
         for record in found[:3]:
             if outcome.wants_sample("duplicate"):
-                outcome.drop("duplicate", _place(source, first_line + int(record["line"])), _twin(run, record), 0)
+                outcome.drop("duplicate", _place(run, task, first_line + int(record["line"])), _twin(run, record), 0)
     if run.config.length is not None:
         short = keep & (records["characters"] < run.config.length.at_least)
         outcome.dropped["too_short"] += int(short.sum())
         for line in np.flatnonzero(short)[:3]:
             if outcome.wants_sample("too_short"):
-                place = _place(source, first_line + int(line))
+                place = _place(run, task, first_line + int(line))
                 outcome.drop("too_short", place, f"{records['characters'][line]} characters", 0)
         keep &= ~short
     return keep
@@ -89,12 +89,19 @@ def _duplicates_of(run: Run, segment: int) -> npt.NDArray[Any]:
 
 def _twin(run: Run, record: Any) -> str:
     entry = run.files("read", kind="lines")[int(record["kept_segment"])]
-    source = run.sources[entry["task"]]
-    return f"same text as {_place(source, entry['first_line'] + int(record['kept_line']))}"
+    return f"same text as {_place(run, entry['task'], entry['first_line'] + int(record['kept_line']))}"
 
 
-def _place(source: Source, line: int) -> str:
-    return source.place(line)
+def _place(run: Run, task: int, line: int) -> str:
+    """`file:line` of a line of a source. `Source.place` would read the file up to it; here all lines are counted."""
+    source = run.sources[task]
+    earlier = {
+        number
+        for number, other in enumerate(run.sources)
+        if (other.domain, other.file) == (source.domain, source.file) and other.start < source.start
+    }
+    records = sum(entry["bytes"] for entry in run.files("read", kind="lines") if entry["task"] in earlier)
+    return f"{source.file}:{records // LINES.itemsize + line + 1}"
 
 
 _Judge = Callable[[str], str | None]
@@ -120,13 +127,13 @@ def _judge(run: Run, source: Source) -> _Judge | None:
 
 
 def _copy_lines(
+    run: Run,
+    task: int,
     lines: Iterator[tuple[int, bytes]],
     first_line: int,
     keep: npt.NDArray[np.bool_],
     stream: HashedStream,
     outcome: Outcome,
-    source: Source,
-    text_field: str,
     judge: _Judge | None,
 ) -> None:
     """Writes the kept lines of a segment; `keep` loses those in another language."""
@@ -135,12 +142,12 @@ def _copy_lines(
         index = number - first_line
         if keep[index]:
             if judge is not None:
-                text = text_of(content, text_field)
+                text = text_of(content, run.config.text_field)
                 language = judge(text)
                 if language is not None:
                     keep[index] = False
                     outcome.counts[f"language_{language}"] += 1
-                    place = source.place(number) if outcome.wants_sample("language") else ""
+                    place = _place(run, task, number) if outcome.wants_sample("language") else ""
                     outcome.drop("language", place, f"{language} | {text[:200]}")
             if keep[index]:
                 stream.write(content if content.endswith(b"\n") else content + b"\n")
