@@ -17,6 +17,7 @@ from megatron_ru.data.execution import describe
 from megatron_ru.data.outcome import write_json
 from megatron_ru.data.pipeline import finished_manifest, run_pipeline
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.words import value_of
 
 FLAG = "--ru-data"
 NO_TRAIN = "RUADAPT_NO_TRAIN"
@@ -26,16 +27,6 @@ _DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-
 _POLL_SECONDS = 0.3
 
 
-def config_path(words: list[str]) -> str | None:
-    """The file that `--ru-data` names in the words."""
-    for index, word in enumerate(words):
-        if word == FLAG and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(f"{FLAG}="):
-            return word.partition("=")[2]
-    return None
-
-
 def prepare_data(
     words: list[str], local_rank: int, report: Callable[[str], object] = lambda line: print(line, flush=True)
 ) -> list[str] | None:
@@ -43,7 +34,7 @@ def prepare_data(
 
     Words without the flag come back as they are. Raises UserError on every rank when the pipeline fails.
     """
-    path = config_path(words)
+    path = value_of(words, FLAG)
     ends_here = os.environ.get(NO_TRAIN, "") not in ("", "0")
     if path is None:
         if ends_here:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.words import value_of
 from megatron_ru.models import variant_arguments
-from megatron_ru.plugin.early_start import value_of
 from megatron_ru.seams.cpu_device import CPU_DEVICE
 
 HOST_SPEC = ["megatron_ru.plugin.host_spec", "LAYER_SPEC"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ru.checkpoints.early_check import EarlyCheck
+from megatron_ru.foundation.words import value_of
 
 _MOST_THREADS = 8
 
@@ -34,17 +35,6 @@ def threads_of_a_rank() -> int:
     """How many threads of this rank read and sum: its share of the cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
     return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // ranks))
-
-
-def value_of(words: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag, as `--flag VALUE` or `--flag=VALUE`; None where it is not given."""
-    found = None
-    for index, word in enumerate(words):
-        if word == flag and index + 1 < len(words):
-            found = words[index + 1]
-        elif word.startswith(f"{flag}="):
-            found = word.partition("=")[2]
-    return found
 
 
 def _indexes(words: Sequence[str]) -> Iterator[Path]:

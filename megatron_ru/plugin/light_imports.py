@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-from megatron_ru.plugin.early_start import value_of
+from megatron_ru.foundation.words import value_of
 from megatron_ru.seams.seam import Seam
 
 _BY_THEMSELVES = {"SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer"}

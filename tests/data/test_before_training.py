@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from megatron_ru.data import before_training
 from megatron_ru.data.before_training import prepare_data
 from megatron_ru.data.pipeline import run_pipeline
 from megatron_ru.foundation.errors import UserError
@@ -112,7 +111,7 @@ def test_first_rank_of_another_node_waits_for_the_one_that_works(pipeline):
     run_pipeline(config)
     other.join(10)
     assert found[0][2:4] == ["--train-data-path", f"{config.output}/train"]
-    assert before_training.config_path([f"--ru-data={path}"]) == path
+    assert prepare_data([f"--ru-data={path}"], 0, lambda line: None)[1:3] == found[0][2:4]
 
 
 TRAIN = [

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from megatron_ru.plugin import early_start
-from megatron_ru.plugin.early_start import begin_early, early_problems, threads_of_a_rank, value_of
+from megatron_ru.plugin.early_start import begin_early, early_problems, threads_of_a_rank
 
 
 @pytest.fixture
@@ -60,13 +60,6 @@ def test_indexes_of_the_data_are_read_ahead(begun, tmp_path, monkeypatch):
     begin("--data-path", "0.3", str(tmp_path / "text"), "0.7", str(tmp_path / "missing"),
           "--data-cache-path", str(tmp_path / "cache"))  # fmt: skip
     assert [os.path.relpath(path, tmp_path) for path in advised] == ["text.idx", "cache/samples.npy"]
-
-
-def test_the_last_value_counts():
-    words = ["--load", "a", "--lr", "1", "--load=b", "--save"]
-    assert value_of(words, "--load") == "b"
-    assert value_of(words, "--save") is None
-    assert value_of(words, "--tp") is None
 
 
 def test_ranks_share_the_cores(monkeypatch):
