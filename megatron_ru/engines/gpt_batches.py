@@ -15,7 +15,6 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.plugin.dataset_helpers import load_built_dataset_helpers
 from megatron_ru.plugin.nan_gradients import current_nan_gradients
 
 
@@ -33,7 +32,6 @@ class Batch(NamedTuple):
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """The training, validation and test datasets with the given numbers of samples."""
     args = get_args()
-    load_built_dataset_helpers()
     config = _dataset_config(args)
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, partial(_builds_datasets, vp_stage), config).build()

@@ -5,6 +5,7 @@ PATH's `python3`, which may be another Python, and writes into the checkout. Her
 and interpreter into the user's cache.
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ru.foundation.errors import UserError
@@ -22,14 +24,34 @@ _MODULE = "megatron.core.datasets.helpers_cpp"
 
 
 def dataset_helper_seams() -> list[Seam]:
-    """The seam on Megatron's `compile_helpers`."""
+    """The seams on Megatron's `compile_helpers`, which rank 0 calls, and on what all ranks call around it."""
     return [
         Seam(
             target="megatron.core.datasets.utils:compile_helpers",
             make=lambda _: ensure_dataset_helpers,
             reason="its Makefile builds for the python3 of PATH and is missing from the wheel",
-        )
+        ),
+        Seam(
+            target="megatron.training.initialize:_compile_dependencies",
+            make=_on_every_rank,
+            reason="the other ranks look for what rank 0 has compiled in the checkout, on its host",
+        ),
     ]
+
+
+def _on_every_rank(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def compile_dependencies() -> None:
+        import torch
+
+        original()
+        # The cache of rank 0 may be on a disk of its host.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            ensure_dataset_helpers()
+        torch.distributed.barrier()
+        load_built_dataset_helpers()
+
+    return compile_dependencies
 
 
 def ensure_dataset_helpers() -> None:

@@ -21,18 +21,26 @@ _GRAPHS = ("enable_cuda_graph", "external_cuda_graph")
 
 
 def first_gradient_seams(args: Any) -> list[Seam]:
-    """Seams on the zeroing of gradient buffers and on their reduction, around all that reads them before it."""
+    """Seams on the zeroing of gradient buffers, on what autograd adds to them, and on their reduction, around all that
+    reads them before it."""
     if getattr(args, "cuda_graph_impl", None) not in (None, "none") or any(
         getattr(args, flag, False) for flag in _GRAPHS
     ):
         return []
     module = "megatron.core.distributed.param_and_grad_buffer"
+    model = "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel"
     return [
         Seam(target=f"{module}:_ParamAndGradBuffer.reset", make=_zero_the_rest, expects=("self",), reason=_REASON),
         Seam(
             target=f"{module}:_ParamAndGradBucketGroup.start_grad_sync",
             make=_settle_before,
             expects=("self",),
+            reason=_REASON,
+        ),
+        Seam(
+            target=f"{model}._make_backward_post_hook",
+            make=_settle_before_autograd,
+            expects=("self", "param"),
             reason=_REASON,
         ),
     ]
@@ -46,7 +54,9 @@ def _zero_the_rest(original: Callable[[Any], None]) -> Callable[[Any], None]:
             original(self)
             return
         ranges = sorted(self.param_index_map[parameter][:2] for parameter in asking)
-        torch._foreach_zero_([*_between(self.grad_data, ranges), *getattr(self, "extra_main_grads", ())])
+        # Nothing is left in a buffer of experts alone.
+        if rest := [*_between(self.grad_data, ranges), *getattr(self, "extra_main_grads", ())]:
+            torch._foreach_zero_(rest)
         for parameter in asking:
             await_first(parameter.main_grad)
 
@@ -76,3 +86,20 @@ def _settle_before(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *arguments, **keywords)
 
     return start_grad_sync
+
+
+def _settle_before_autograd(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make_hook(self: Any, param: Any, *arguments: Any, **keywords: Any) -> Any:
+        hook = original(self, param, *arguments, **keywords)
+
+        @functools.wraps(hook)
+        def settle_then_add(*gradients: Any) -> Any:
+            # Its product asked in a step before, and this one's gradient comes another way.
+            if not getattr(param, "grad_added_to_main_grad", True):
+                settle(param.main_grad)
+            return hook(*gradients)
+
+        return settle_then_add
+
+    return make_hook

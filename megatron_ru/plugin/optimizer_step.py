@@ -91,6 +91,7 @@ def _clip_in_step(original: Callable[..., None]) -> Callable[..., None]:
         asked = any(others) or any(keywords.values())
         optimizer = None if asked else _optimizer_of(parameters)
         if optimizer is None:
+            _widen_gradients(parameters)
             original(parameters, max_norm, total_norm, *others, **keywords)
             return
         # Megatron's own formula, in fp32 on the host too, where the norm comes as a number before 0.19: the same losses
@@ -108,6 +109,13 @@ def _optimizer_of(parameters: Sequence[Tensor]) -> MegatronAdamW | None:
         if wanted and wanted == _with_gradients(p for group in optimizer.param_groups for p in group["params"]):
             return optimizer
     return None
+
+
+def _widen_gradients(parameters: Iterable[Tensor]) -> None:
+    """Half-precision gradients of fp32 parameters become fp32: Megatron scales them where they lie, and no others."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.dtype is torch.float32 and parameter.grad.dtype in _HALF:
+            parameter.grad = parameter.grad.float()
 
 
 def _with_gradients(parameters: Iterable[Tensor]) -> set[int]:

@@ -1,7 +1,7 @@
 """What the first step needs and a load does not: loaded by a thread while the checkpoint is read.
 
-That is cuBLAS with its workspace, the first kernels, and Megatron's compiled dataset index helpers. Nothing here draws
-random numbers, meets other ranks or touches the model.
+That is cuBLAS with its workspace and the first kernels. Nothing here draws random numbers, meets other ranks or touches
+the model.
 """
 
 import functools
@@ -29,20 +29,21 @@ def warm_up_seams() -> list[Seam]:
 def _beside(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_checkpoint(*arguments: Any, **keywords: Any) -> Any:
-        # Nobody waits for it: what is not loaded by then, the first step loads.
-        threading.Thread(target=warm_up, args=(_device(),), name="ru-warm-up", daemon=True).start()
+        device = _device()
+        if device is not None:
+            # Nobody waits for it: what is not loaded by then, the first step loads.
+            threading.Thread(target=warm_up, args=(device,), name="ru-warm-up", daemon=True).start()
         return original(*arguments, **keywords)
 
     return load_checkpoint
 
 
-def warm_up(device: int | None) -> None:
-    """Loads what can be loaded, for this GPU or for none; what fails is not missed before it is used."""
-    for act in (_load_helpers, lambda: None if device is None else _use_device(device)):
-        try:
-            act()
-        except Exception as error:
-            logging.getLogger(__name__).debug("something was not warmed up: %s", error)
+def warm_up(device: int) -> None:
+    """Loads what can be loaded for this GPU; what fails is not missed before it is used."""
+    try:
+        _use_device(device)
+    except Exception as error:
+        logging.getLogger(__name__).debug("something was not warmed up: %s", error)
 
 
 def _device() -> int | None:
@@ -52,12 +53,6 @@ def _device() -> int | None:
     from megatron_ru.seams.cpu_device import CPU_DEVICE
 
     return None if CPU_DEVICE.installed or not torch.cuda.is_initialized() else torch.cuda.current_device()
-
-
-def _load_helpers() -> None:
-    from megatron_ru.plugin.dataset_helpers import load_built_dataset_helpers
-
-    load_built_dataset_helpers()
 
 
 def _use_device(device: int) -> None:

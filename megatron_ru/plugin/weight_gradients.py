@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ru.models.gradient_buffer import gradient_buffer_of, mark_when_added
 from megatron_ru.ops.embedding import SWITCH as EMBEDDING
 from megatron_ru.ops.embedding import embedding
-from megatron_ru.ops.weight_gradient import add_weight_gradient
+from megatron_ru.ops.weight_gradient import add_weight_gradient, settle
 from megatron_ru.seams.seam import Seam
 from megatron_ru.seams.stand_in import stand_in
 
@@ -40,9 +40,19 @@ def weight_gradient_seams() -> list[Seam]:
 
 
 def _functions(apex: Any) -> Any:
-    if apex is not None:
-        return apex
-    return SimpleNamespace(wgrad_gemm_accum_fp32=_accumulate, wgrad_gemm_accum_fp16=_accumulate)
+    names = ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16")
+    return SimpleNamespace(**{name: _accumulate if apex is None else _settled(getattr(apex, name)) for name in names})
+
+
+def _settled(add: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Apex adds without asking, also where a product in fp8 has asked in the step before."""
+
+    @functools.wraps(add)
+    def add_to(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        settle(main_grad)
+        add(total_input, grad_output, main_grad)
+
+    return add_to
 
 
 def _accumulate(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:

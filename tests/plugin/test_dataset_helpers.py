@@ -10,6 +10,7 @@ from pathlib import Path
 import megatron.core.datasets
 import numpy as np
 import pytest
+import torch
 
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.plugin import dataset_helpers
@@ -96,6 +97,19 @@ def test_ranks_that_come_later_do_not_compile(checkout, tmp_path, monkeypatch):
     assert NAME not in sys.modules
 
 
+def test_every_rank_has_them_and_one_of_a_host_compiles(checkout, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(dataset_helpers, "ensure_dataset_helpers", lambda: done.append("ensure"))
+    monkeypatch.setattr(dataset_helpers, "load_built_dataset_helpers", lambda: done.append("load"))
+    (_, seam) = dataset_helper_seams()
+    for rank, wanted in (("0", ["original", "ensure", "barrier", "load"]), ("1", ["original", "barrier", "load"])):
+        done.clear()
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        seam.make(lambda: done.append("original"))()
+        assert done == wanted
+
+
 def test_without_a_compiler(checkout, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -155,7 +169,7 @@ def test_the_wheel_s_own_are_used_when_they_are_there(monkeypatch):
 def test_the_seam(cpu_device):
     from megatron.core.datasets import utils
 
-    [seam] = dataset_helper_seams()
+    [seam, _] = dataset_helper_seams()
     original = utils.compile_helpers
     seam.install()
     assert utils.compile_helpers is ensure_dataset_helpers

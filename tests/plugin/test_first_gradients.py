@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from megatron_ru.ops.weight_gradient import add_weight_gradient
-from megatron_ru.plugin.first_gradients import _settle_before, _zero_the_rest, first_gradient_seams
+from megatron_ru.plugin.first_gradients import (
+    _settle_before,
+    _settle_before_autograd,
+    _zero_the_rest,
+    first_gradient_seams,
+)
 
 ROWS, COLUMNS = 3, 4
 SIZE = ROWS * COLUMNS
@@ -106,6 +111,17 @@ def test_a_gradient_that_others_add_to_too_is_zeroed(name, value):
     assert not buffer.params[2].main_grad.any()
 
 
+def test_a_buffer_without_anything_else():
+    buffer = Buffer(1)
+    buffer.grad_data = buffer.grad_data[1 : SIZE + 1]
+    buffer.param_index_map = {buffer.params[0]: (0, SIZE, 0)}
+    add_weight_gradient(buffer.params[0].main_grad, *product(0))
+    buffer.begin()
+    assert buffer.resets == 0
+    assert buffer.grad_data.isnan().all()
+    assert not buffer.reduce().any()
+
+
 def test_gradients_apart_from_the_buffer_are_zeroed():
     buffer = Buffer()
     buffer.extra_main_grads = [torch.ones(3)]
@@ -114,8 +130,30 @@ def test_gradients_apart_from_the_buffer_are_zeroed():
     assert not buffer.extra_main_grads[0].any()
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_what_autograd_adds_is_added_to_zero(added):
+    class Model:
+        def make(self, param):
+            def hook(*_):
+                if not param.grad_added_to_main_grad:
+                    param.main_grad.add_(param.grad)
+
+            return hook
+
+    buffer = Buffer()
+    weight = buffer.params[1]
+    add_weight_gradient(weight.main_grad, *product(0))
+    buffer.begin()
+    weight.grad, weight.grad_added_to_main_grad = torch.ones(ROWS, COLUMNS), added
+    hook = _settle_before_autograd(Model.make)(Model(), weight)
+    for _ in range(2):
+        hook(None)
+    # Where a product has said that the gradient is in the buffer, nothing is touched.
+    assert weight.main_grad.isnan().all() if added else torch.equal(weight.main_grad, 2 * weight.grad)
+
+
 def test_captured_graphs_keep_their_zeros():
-    assert len(first_gradient_seams(Namespace())) == 2
-    assert len(first_gradient_seams(Namespace(cuda_graph_impl="none", enable_cuda_graph=False))) == 2
+    assert len(first_gradient_seams(Namespace())) == 3
+    assert len(first_gradient_seams(Namespace(cuda_graph_impl="none", enable_cuda_graph=False))) == 3
     for flags in ({"cuda_graph_impl": "local"}, {"enable_cuda_graph": True}, {"external_cuda_graph": True}):
         assert first_gradient_seams(Namespace(**flags)) == []

@@ -53,6 +53,29 @@ def test_a_part_of_the_parameters_is_clipped_by_megatron():
     assert optimizer is optimizer_step._optimizer_of(made)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 brought grad_dtype")
+def test_megatron_clips_a_part_in_fp32():
+    made, whole = parameters(), parameters()
+    optimizer, plain = MegatronAdamW(made, lr=0.1), MegatronAdamW(whole, lr=0.1)
+    for one, other in zip(made, whole, strict=True):
+        one.grad_dtype = None
+        one.grad = one.grad.bfloat16()
+        other.grad = one.grad.float()
+    whole[0].grad *= 0.3
+
+    def megatrons(given, max_norm, total_norm):
+        for parameter in given:
+            assert parameter.grad.dtype is torch.float32
+            parameter.grad *= max_norm / total_norm
+
+    optimizer_step._clip_in_step(megatrons)(made[:1], 0.3, 1.0)
+    assert {parameter.grad.dtype for parameter in made[1:]} == {torch.bfloat16}
+    optimizer.step()
+    plain.step()
+    for one, other in zip(made, whole, strict=True):
+        assert torch.equal(one, other)
+
+
 class MixedPrecision:
     """What Megatron's optimizers have of main and model parameters."""
 

@@ -15,6 +15,7 @@ from megatron_ru.plugin.run import install_run, run_seams, undo_run
 
 ALWAYS = [
     "megatron.core.datasets.utils:compile_helpers",
+    "megatron.training.initialize:_compile_dependencies",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
@@ -45,6 +46,7 @@ ALWAYS = [
     # Nor are zeros written for them.
     "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.reset",
     "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.start_grad_sync",
+    "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_backward_post_hook",
     # Nothing is compiled before it is used.
     "megatron.training.training:set_jit_fusion_options",
     # Without --async-save.

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from megatron_ru.ops.weight_gradient import await_first
 from megatron_ru.plugin import weight_gradients
 from megatron_ru.seams.stand_in import stand_in
 
@@ -29,8 +30,18 @@ def test_apexs_functions_add_to_the_buffer():
     functions.wgrad_gemm_accum_fp32(given, gradient, kept)
     wanted = 1 + torch.einsum("sbo,sbi->oi", gradient, given)
     torch.testing.assert_close(kept, wanted)
-    apex = SimpleNamespace()
-    assert weight_gradients._functions(apex) is apex
+
+
+def test_apex_adds_to_zero_where_a_product_that_asks_came_first():
+    def add(given, gradient, kept):
+        kept += gradient.t() @ given
+
+    functions = weight_gradients._functions(SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add))
+    kept, gradient, given = torch.full((4, 3), torch.nan), torch.randn(5, 4), torch.randn(5, 3)
+    await_first(kept)
+    for _ in range(2):
+        functions.wgrad_gemm_accum_fp32(given, gradient, kept)
+    torch.testing.assert_close(kept, 2 * gradient.t() @ given)
 
 
 def test_an_embedding_adds_its_rows():
