@@ -189,7 +189,7 @@ def _report(arguments: argparse.Namespace) -> int:
     what is done to digits and blanks, how words are spelled, and how much of the vocabularies is common."""
     from megatron_ru.figures.png import require_matplotlib
     from megatron_ru.figures.text_table import text_table
-    from megatron_ru.foundation.files import atomic_output
+    from megatron_ru.foundation.files import requested_output
     from megatron_ru.text.jsonl import MalformedLines, read_documents, require_readable_file
     from megatron_ru.tokens.comparison import report_on
     from megatron_ru.tokens.comparison_report import as_json, markdown, tables
@@ -213,7 +213,7 @@ def _report(arguments: argparse.Namespace) -> int:
         print(f"{'' if not index else chr(10)}{title}\n\n{text_table(header, rows, numbers if index < 2 else ())}")
     for path, content in ((arguments.json, as_json), (arguments.markdown, markdown)):
         if path is not None:
-            with atomic_output(path) as stream:
+            with requested_output(path) as stream:
                 stream.write(content(report).encode("utf-8"))
     _draw(arguments, report)
     _print_malformed(malformed.count)

@@ -55,7 +55,7 @@ def _add_shared(parser: argparse.ArgumentParser, workers: int) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run the steps of a pipeline that are not done: after a stop, the same command goes on where it was."""
-    from megatron_ru.data.config import load_config
+    from megatron_ru.data.config_file import load_config
 
     config = load_config(arguments.config)
     if arguments.executor != "local":

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_ru.data.config import PipelineConfig, load_config
+from megatron_ru.data.config import PipelineConfig
+from megatron_ru.data.config_file import load_config
 from megatron_ru.data.execution import describe
 from megatron_ru.data.outcome import write_json
 from megatron_ru.data.pipeline import finished_manifest, run_pipeline
@@ -122,6 +123,13 @@ def _data_words(words: list[str], config: PipelineConfig, manifest: dict[str, An
             found += [f"--{split}-data-path", *(named[1:] if len(named) == 2 else named)]
     if "--tokenizer-model" not in words:
         found += ["--tokenizer-model", config.tokens.tokenizer]
+    if not paths["valid"]:
+        # Megatron would read from a dataset that there is not, once the training is over.
+        if (value_of(words, "--eval-iters") or "0") != "0":
+            raise UserError(
+                f"nothing of {config.output} is held out to evaluate on; set tokens.held_out, or pass --eval-iters 0"
+            )
+        found += ["--eval-iters", "0"]
     if config.packing is not None and "--seq-length" not in words:
         found += ["--seq-length", str(config.packing.block)]
     return found

@@ -1,11 +1,10 @@
 """What a pipeline does: a YAML or JSON file of these fields."""
 
-import json
-import os
+import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ru.data.language import LANGUAGES
 from megatron_ru.foundation.errors import UserError
 
 _STRICT = {"extra": "forbid"}
@@ -21,13 +20,19 @@ class Input:
     """Its name, in file names and reports."""
 
     files: tuple[str, ...]
-    """Paths and patterns, relative to the config's folder: .jsonl, and compressed .gz and .zst."""
+    """Paths and patterns, relative to the config's folder: .jsonl, compressed .gz and .zst, and .parquet."""
 
     weight: float | None = None
     """Its share of the mixture; left out, its share of the blocks."""
 
     any_language: bool = False
     """Leave out the language filter, as for source code."""
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise UserError(f"the domain {self.domain!r} has no files; name at least one")
+        if self.weight is not None:
+            _require(f"the weight of {self.domain!r}", self.weight, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,9 @@ class Length:
 
     at_least: int = 150
     """Characters."""
+
+    def __post_init__(self) -> None:
+        _require("length.at_least", self.at_least, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,14 @@ class Language:
 
     characters: int = 1000
     """How much of a document is looked at."""
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UserError("language.keep names no language; without the section all are kept")
+        if unknown := [code for code in self.keep if code not in LANGUAGES]:
+            raise UserError(f"language.keep: {unknown[0]!r} is no language of the model; ru, en, uk, kk are such codes")
+        _require("language.threshold", self.threshold, 0)
+        _require("language.characters", self.characters, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,10 @@ class SemanticDedup:
             raise UserError("semantic_dedup needs either encoder, a folder, or embeddings, a .npy file")
         if self.threshold is None and self.remove is None:
             raise UserError("semantic_dedup needs remove, a share of the documents, or threshold, a cosine")
+        if self.threshold is not None:
+            _require("semantic_dedup.threshold", self.threshold, -1)
+        for name in ("clusters", "sample", "iterations", "characters"):
+            _require(f"semantic_dedup.{name}", getattr(self, name), 1)
         if self.remove is not None and not 0 <= self.remove < 1:
             raise UserError(f"semantic_dedup.remove is {self.remove}; it must lie in [0, 1)")
 
@@ -138,6 +158,7 @@ class Packing:
     def __post_init__(self) -> None:
         if self.block < 2:
             raise UserError(f"packing.block is {self.block}; it must be at least 2")
+        _require("packing.group_tokens", self.group_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +174,12 @@ class MixtureSettings:
 
     samples_per_part: int = 16384
     """Of one task."""
+
+    def __post_init__(self) -> None:
+        _require("mixture.samples_per_part", self.samples_per_part, 1)
+        _require("mixture.seed", self.seed, 0)
+        if self.samples is not None:
+            _require("mixture.samples", self.samples, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,32 +226,20 @@ class PipelineConfig:
         for name in domains:
             if not name or not all(letter.isalnum() or letter in "-_." for letter in name):
                 raise UserError(f"the domain {name!r} becomes part of file names: letters, digits, - _ and . only")
-        if self.shard_megabytes <= 0:
+        if not 0 < self.shard_megabytes < math.inf:
             raise UserError(f"shard_megabytes is {self.shard_megabytes}; it must be more than 0")
+        weights = [entry.weight for entry in self.inputs]
+        if weights.count(0) == len(weights):
+            raise UserError("every input has the weight 0; one must be more")
         if self.packing is not None and self.tokens is None:
             raise UserError("packing needs the section tokens, which names a tokenizer")
         if self.mixture is not None and self.packing is None:
             raise UserError("mixture draws blocks, so it needs the section packing")
 
 
-def load_config(path: str | os.PathLike[str]) -> PipelineConfig:
-    """The pipeline of a YAML or JSON file, its paths made absolute from the file's folder.
-
-    Raises UserError with the place in the file for an unknown field or a wrong value.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
-    try:
-        return _absolute(parse_config(found), Path(path).resolve().parent)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+def _require(name: str, value: float, least: float) -> None:
+    if not least <= value < math.inf:
+        raise UserError(f"{name} is {value}; it must be at least {least}, and a number")
 
 
 def parse_config(value: Any) -> PipelineConfig:
@@ -240,24 +255,22 @@ def parse_config(value: Any) -> PipelineConfig:
 def _complaint(found: Any) -> str:
     place = ".".join(map(str, found["loc"])) or "the file"
     if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = ", ".join(entry.name for entry in fields(PipelineConfig))
-        return f"{place} is no field" + (f"; known: {known}" if len(found["loc"]) == 1 else "")
+        known = ", ".join(entry.name for entry in fields(_section(found["loc"])))
+        return f"{place} is no field; known: {known}"
+    if found["type"] in _EXPECTED:
+        return f"{place}: {_EXPECTED[found['type']]}"
     message = str(found["msg"]).removeprefix("Value error, ")
     return message if found["type"] == "value_error" else f"{place}: {message[0].lower()}{message[1:]}"
 
 
-def _absolute(config: PipelineConfig, folder: Path) -> PipelineConfig:
-    from dataclasses import replace
+_EXPECTED = {
+    "tuple_type": "input should be a list, as in [first, second]",
+    "dataclass_type": "input should be fields with their values, as in {name: value}",
+}
 
-    def absolute(path: str | None) -> Any:
-        return None if path is None else str(folder / path)
 
-    inputs = tuple(replace(entry, files=tuple(map(absolute, entry.files))) for entry in config.inputs)
-    tokens = config.tokens and replace(config.tokens, tokenizer=absolute(config.tokens.tokenizer))
-    semantic = config.semantic_dedup and replace(
-        config.semantic_dedup,
-        encoder=absolute(config.semantic_dedup.encoder),
-        embeddings=absolute(config.semantic_dedup.embeddings),
-    )
-    output = absolute(config.output)
-    return replace(config, output=output, inputs=inputs, tokens=tokens, semantic_dedup=semantic)
+def _section(place: tuple[str | int, ...]) -> type:
+    """The class of the section in which the field at `place` stands."""
+    names = {"inputs": Input, "length": Length, "language": Language, "semantic_dedup": SemanticDedup,
+             "tokens": Tokens, "packing": Packing, "mixture": MixtureSettings}  # fmt: skip
+    return names.get(str(place[0]), PipelineConfig) if len(place) > 1 else PipelineConfig

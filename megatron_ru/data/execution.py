@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_ru.data.config import PipelineConfig
 from megatron_ru.data.outcome import write_json
-from megatron_ru.data.run import Run
+from megatron_ru.data.run import Run, read_marker
 from megatron_ru.data.step import STEPS, wanted_steps
 from megatron_ru.foundation.errors import UserError
 
@@ -36,11 +36,11 @@ def prepare(config: PipelineConfig) -> Run:
     """
     folder = Path(config.output)
     description, keys = describe(config)
-    try:
+    with named_folder(folder):
         write_json(folder / "run.json", description | {"steps": list(keys), "keys": keys})
         run = Run.load(folder)
         for found in (folder / "steps").glob("*/key"):
-            if keys.get(found.parent.name) != found.read_text():
+            if str(keys.get(found.parent.name)).encode() != found.read_bytes():
                 _remove_step(found.parent)
         for left in [
             *folder.glob(".*.partial"),
@@ -52,8 +52,6 @@ def prepare(config: PipelineConfig) -> Run:
         for name in keys:
             run.step_folder(name).joinpath("tasks").mkdir(parents=True, exist_ok=True)
             (run.step_folder(name) / "key").write_text(keys[name])
-    except OSError as error:
-        raise _cannot_write(error, folder) from None
     return run
 
 
@@ -85,7 +83,8 @@ def run_step(run: Run, name: str, workers: "Workers", progress: Progress | None 
         done += 1
         if progress is not None:
             progress(name, done, tasks)
-    run.close(name, tasks)
+    with named_folder(run.folder):
+        run.close(name, tasks)
 
 
 def run_share(folder: str | Path, name: str, rank: int, world: int) -> None:
@@ -109,12 +108,10 @@ def run_task(folder: str | Path, name: str, task: int) -> int:
     run = Run.load(folder)
     began = time.process_time()
     _keep_freed_memory()
-    try:
+    with named_folder(run.folder):
         outcome = STEPS[name].run(run, task)
         marker = {"key": run.keys[name], "outcome": outcome.to_json(), "cpu_seconds": time.process_time() - began}
         write_json(run.marker(name, task), marker)
-    except OSError as error:
-        raise _cannot_write(error, run.folder) from None
     return task
 
 
@@ -128,7 +125,7 @@ def _keep_freed_memory() -> None:
 def _remove_step(folder: Path) -> None:
     """Removes a step's files, those in the pipeline's folder too: a dataset of other settings must not be found."""
     for marker in (folder / "tasks").glob("*.json"):
-        for entry in json.loads(marker.read_text(encoding="utf-8"))["outcome"]["files"]:
+        for entry in (read_marker(marker) or {"outcome": {"files": []}})["outcome"]["files"]:
             (folder / entry["name"]).unlink(missing_ok=True)
     (folder.parent.parent / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
@@ -139,23 +136,20 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the folder for this process. Raises UserError when another one works in it."""
     import fcntl
 
-    try:
+    with named_folder(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        stream = (Path(folder) / ".lock").open("a+")
-    except OSError as error:
-        raise _cannot_write(error, Path(folder)) from None
+        # Unbuffered: what a full disk does not take would be tried again when the file is closed.
+        stream = (Path(folder) / ".lock").open("ab+", buffering=0)
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
-            raise UserError(
-                f"another run ({stream.read().strip() or 'unknown'}) works in {folder}; wait for it, or give another "
-                "output"
-            ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {os.uname().nodename}")
-        stream.flush()
+            holder = stream.read().decode("utf-8", "replace").strip() or "unknown"
+            raise UserError(f"another run ({holder}) works in {folder}; wait for it, or give another output") from None
+        with named_folder(Path(folder)):
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
         yield
 
 
@@ -232,6 +226,15 @@ def _hash(value: Any) -> str:
 
 def _plain(found: Any) -> Any:
     return asdict(found) if is_dataclass(found) and not isinstance(found, type) else str(found)
+
+
+@contextmanager
+def named_folder(folder: Path) -> Iterator[None]:
+    """Errors of the system within become UserError, which names the folder and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(error, folder) from None
 
 
 def _cannot_write(error: OSError, folder: Path) -> UserError:

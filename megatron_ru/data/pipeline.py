@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_ru import __version__
 from megatron_ru.data.config import PipelineConfig
-from megatron_ru.data.execution import Workers, locked, prepare, run_step
+from megatron_ru.data.execution import Workers, locked, named_folder, prepare, run_step
 from megatron_ru.data.outcome import write_json
 from megatron_ru.data.run import Run
 from megatron_ru.foundation.errors import UserError
@@ -35,7 +35,8 @@ def run_pipeline(
             run_step(run, name, processes, progress)
             if name == until:
                 break
-        return write_manifest(run)
+        with named_folder(run.folder):
+            return write_manifest(run)
 
 
 def write_manifest(run: Run) -> dict[str, Any]:
@@ -63,10 +64,12 @@ def finished_manifest(folder: str | Path, keys: dict[str, str]) -> dict[str, Any
     import json
 
     try:
-        manifest: dict[str, Any] = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        manifest: Any = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return manifest if manifest["complete"] and manifest["keys"] == keys else None
+    if not isinstance(manifest, dict) or not manifest.get("complete"):
+        return None
+    return manifest if manifest.get("keys") == keys else None
 
 
 def _versions() -> dict[str, str]:

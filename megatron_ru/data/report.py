@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ru.batches.mixture import chi_square
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.foundation.extras import require
-from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.files import requested_output
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
@@ -33,10 +33,14 @@ def write_report(folder: str | os.PathLike[str], output: str | os.PathLike[str] 
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"there is no {path}; it is written by megatron-ru data run") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); it is written by megatron-ru data run") from None
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not {"steps", "config", "inputs", "versions"} <= manifest.keys():
+        raise UserError(f"{path} is no manifest of a pipeline; megatron-ru data run writes it again")
     target = Path(folder) / "report.html" if output is None else Path(output)
-    with atomic_output(target, "w", encoding="utf-8") as stream:
+    with requested_output(target, "w", encoding="utf-8") as stream:
         stream.write(report_page(manifest))
     return target
 

@@ -58,12 +58,12 @@ class Run:
 
     def is_done(self, name: str) -> bool:
         """Whether all tasks of the step are done and summed up."""
-        summary = _read(self.step_folder(name) / "step.json")
-        return summary is not None and summary["key"] == self.keys[name]
+        summary = read_marker(self.step_folder(name) / "step.json")
+        return summary is not None and summary["key"] == self.keys.get(name)
 
     def task_is_done(self, name: str, task: int) -> bool:
         """Whether it is marked as done and its files are there."""
-        found = _read(self.marker(name, task))
+        found = read_marker(self.marker(name, task))
         return (
             found is not None and found["key"] == self.keys[name] and self._are_there(name, found["outcome"]["files"])
         )
@@ -80,7 +80,7 @@ class Run:
         """Sums up a step whose tasks are all done. Raises UserError naming the first that is not."""
         total = Outcome()
         for task in range(tasks):
-            found = _read(self.marker(name, task))
+            found = read_marker(self.marker(name, task))
             if found is None or found["key"] != self.keys[name]:
                 raise UserError(f"task {task} of {tasks} of the step {name} is not done; run the pipeline again")
             total.add(Outcome.from_json(found["outcome"]))
@@ -94,7 +94,7 @@ class Run:
     def outcome(self, name: str) -> Outcome:
         """The sum of a step that is done."""
         if name not in self._outcomes:
-            found = _read(self.step_folder(name) / "step.json")
+            found = read_marker(self.step_folder(name) / "step.json")
             if found is None or found["key"] != self.keys.get(name):
                 raise UserError(f"the step {name} of {self.folder} is not done; run the pipeline again")
             self._outcomes[name] = Outcome.from_json(found["outcome"])
@@ -124,8 +124,10 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _read(path: Path) -> Any:
+def read_marker(path: Path) -> dict[str, Any] | None:
+    """What a task or a step left about itself; None also where that is damaged: then it is not done."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) and {"key", "outcome"} <= found.keys() else None

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,17 @@ class Source:
     plain: bool
     """Whether lines lie in the file as they are: byte ranges can be copied."""
     any_language: bool
+    changed_ns: int = 0
+    """When the file was changed last, as it was when the run began; 0 where nobody looked."""
+
+    def require_unchanged(self) -> None:
+        """Raises UserError when the file was changed since the run began: its lines were counted then."""
+        try:
+            found = os.stat(self.file).st_mtime_ns
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from None
+        if self.changed_ns not in (0, found):
+            raise UserError(f"{self.file} was changed while it was read; run the same command when nobody writes to it")
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yields (number within the source from 0, content) of each line; blank ones of a compressed file are empty, or
@@ -129,11 +139,9 @@ def find_sources(config: PipelineConfig) -> tuple[list[Source], list[dict[str, A
     size = config.shard_bytes
     sources, inputs = [], []
     for entry in config.inputs:
-        files = [file for pattern in entry.files for file in _matches(pattern)]
-        if not files:
-            raise UserError(f"no file matches {', '.join(entry.files)} (domain {entry.domain})")
+        files = [file for pattern in entry.files for file in _matches(pattern, entry.domain, config.output)]
         for file in files:
-            require_readable_file(file)
+            _require_rereadable(file)
             length = os.path.getsize(file)
             plain = file.endswith((".jsonl", ".json", ".ndjson"))
             inputs.append({"domain": entry.domain, "file": file, "bytes": length, "fingerprint": fingerprint(file)})
@@ -144,13 +152,17 @@ def find_sources(config: PipelineConfig) -> tuple[list[Source], list[dict[str, A
                 sources.append(
                     Source(
                         domain=entry.domain, file=file, start=piece * step, end=min((piece + 1) * step, length),
-                        plain=plain, any_language=entry.any_language,
+                        plain=plain, any_language=entry.any_language, changed_ns=os.stat(file).st_mtime_ns,
                     )
                 )  # fmt: skip
-    seen = Counter(str(entry["file"]) for entry in inputs)
-    twice = [file for file, count in seen.items() if count > 1]
-    if twice:
-        raise UserError(f"{twice[0]} is named twice in the inputs; name each file once")
+    seen: dict[str, str] = {}
+    for file in (str(entry["file"]) for entry in inputs):
+        # Also by another path, or through a link.
+        real = os.path.realpath(file)
+        if real in seen:
+            also = "" if seen[real] == file else f", also as {seen[real]}"
+            raise UserError(f"{file} is named twice in the inputs{also}; name each file once")
+        seen[real] = file
     return sources, inputs
 
 
@@ -168,5 +180,27 @@ def fingerprint(file: str) -> str:
     return found.hexdigest()
 
 
-def _matches(pattern: str) -> list[str]:
-    return sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+def _matches(pattern: str, domain: str, output: str) -> list[str]:
+    """The files of a pattern, in order, without what the pipeline itself has made."""
+    # A file may be called a[1].jsonl.
+    if not glob.has_magic(pattern) or os.path.lexists(pattern):
+        return [pattern]
+    own = os.path.join(os.path.abspath(output), "steps", "")
+    found = sorted(file for file in glob.glob(pattern, recursive=True) if not os.path.abspath(file).startswith(own))
+    if not found:
+        raise UserError(f"no file matches {pattern} (domain {domain})")
+    return found
+
+
+def _require_rereadable(file: str) -> None:
+    """Raises UserError unless the file can be read as often as the steps do, and its name be written down."""
+    # Opening a pipe that nobody writes to would wait for ever.
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+        raise UserError(
+            f"{file} is no file but a pipe or a device, and is read more than once; write it to a file first"
+        )
+    require_readable_file(file)
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of the file {file!r} is not UTF-8; rename it") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_ru.figures.series import Series
 from megatron_ru.foundation.extras import require
-from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.files import requested_output
 
 
 def require_matplotlib(settings_folder: Path) -> None:
@@ -74,7 +74,7 @@ def write_curve_panels(path: Path, title: str, panels: Mapping[str, Sequence[Ser
         names, frameon=False, fontsize=8, loc="outside lower center", ncol=min(len(names), 4),
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    with atomic_output(path) as stream:
+    with requested_output(path) as stream:
         figure.savefig(stream, format="png", dpi=130)
     plt.close(figure)
 
@@ -213,6 +213,6 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    with atomic_output(path) as stream:
+    with requested_output(path) as stream:
         figure.savefig(stream, format="png", dpi=130)
     plt.close(figure)

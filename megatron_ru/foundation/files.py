@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ru.foundation.errors import UserError
+
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str], mode: str = "wb", **open_arguments: Any) -> Iterator[IO[Any]]:
@@ -33,6 +35,16 @@ def atomic_output(path: str | os.PathLike[str], mode: str = "wb", **open_argumen
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def requested_output(path: str | os.PathLike[str], mode: str = "wb", **open_arguments: Any) -> Iterator[IO[Any]]:
+    """`atomic_output` of a file that the user named. Raises UserError when it cannot be written."""
+    try:
+        with atomic_output(path, mode, **open_arguments) as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was kept") from None
 
 
 def fsync_folder(folder: str | os.PathLike[str]) -> None:

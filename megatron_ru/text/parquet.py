@@ -57,7 +57,32 @@ def _values(arrow: Any, column: Any) -> list[Any]:
         return list(column.cast(arrow.large_binary()).to_pylist())
     if arrow.types.is_dictionary(column.type):
         return _values(arrow, column.dictionary_decode())
-    return list(column.to_pylist())
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, arrow.ArrowException):
+        # Nanoseconds, years beyond 9999, time zones that are not known here, texts in lists that are not UTF-8: what
+        # Python has no value for.
+        return [_printed(arrow, value) for value in column]
+
+
+def _printed(arrow: Any, value: Any) -> Any:
+    """A scalar as Python has it, otherwise as arrow prints it."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        # Halves of surrogate pairs, which make the line malformed.
+        if isinstance(error.object, bytes) and not isinstance(value, arrow.ListScalar | arrow.StructScalar):
+            return error.object.decode("utf-8", "surrogateescape")
+    except (ValueError, OverflowError, arrow.ArrowException):
+        pass
+    if isinstance(value, arrow.StructScalar):
+        return {name: _printed(arrow, inner) for name, inner in value.items()}
+    if isinstance(value, arrow.ListScalar):
+        return [_printed(arrow, inner) for inner in value.values]
+    try:
+        return value.cast(arrow.string()).as_py()
+    except arrow.ArrowException:
+        return str(value.value)
 
 
 def _as_json(fields: dict[str, Any]) -> bytes:
@@ -73,7 +98,18 @@ def _value_json(value: Any) -> bytes:
             return json.dumps(value.decode("utf-8"), ensure_ascii=False).encode()
         except UnicodeDecodeError:
             return b'"' + value.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n") + b'"'
-    if isinstance(value, float) and not math.isfinite(value):
-        return b"null"
     # Dates and the like become what they print.
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+    try:
+        spelled = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        spelled = json.dumps(_finite(value), ensure_ascii=False, default=str)
+    return spelled.encode("utf-8", "surrogatepass")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null in the place of each number that JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value

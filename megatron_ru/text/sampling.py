@@ -143,7 +143,7 @@ class _Smallest:
 
 
 def _number(text: str, seed: int) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=seed.to_bytes(8, "little", signed=True))
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=(seed % 2**64).to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -28,6 +28,9 @@ class Tokenizer(Protocol):
     pad: int | None
     """The id of padding, None when the tokenizer has none."""
 
+    unk: int | None
+    """The id that stands for what has no piece, None when the tokenizer has none."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; nothing is added before or behind, no control token is recognised in it."""
 
@@ -80,6 +83,7 @@ class SentencePieceTokenizer:
         self.eod = eos if eos >= 0 else None
         pad: int = self._processor.pad_id()
         self.pad = pad if pad >= 0 else None
+        self.unk: int | None = self._processor.unk_id()
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -141,15 +145,19 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.eod: int | None = ids.get(control.get("eos_token", ""))
         self.pad: int | None = ids.get(control.get("pad_token", ""))
+        model = self.description["model"]
+        self.unk: int | None = ids.get(model.get("unk_token") or control.get("unk_token", ""), model.get("unk_id"))
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # The fast call leaves out the character offsets, which nobody here reads.
-        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # a character that is not in the vocabulary, which has no token for the unknown
+            raise UserError(f"{self.path} cannot encode every text: {error}; take a tokenizer that can") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))

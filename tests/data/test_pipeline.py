@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -12,12 +13,15 @@ import pytest
 import xxhash
 
 from megatron_ru.batches.packed import read_packed
-from megatron_ru.data import execution
+from megatron_ru.data import execution, pipeline
 from megatron_ru.data.pipeline import run_pipeline
 from megatron_ru.data.run import Run
 from megatron_ru.data.sources import Source
+from megatron_ru.data.steps import tokenise
 from megatron_ru.foundation.errors import UserError
 from megatron_ru.tokenizer.loading import load_tokenizer
+from megatron_ru.tokenizer.training import TokenizerSettings
+from megatron_ru.tokenizer.training_hugging_face import train_hugging_face
 from megatron_ru.tokens.indexed_dataset import IndexedDataset, check_dataset
 from tests.data.conftest import outputs, write_corpus
 
@@ -293,3 +297,91 @@ def test_workers_have_one_thread_each_and_this_process_keeps_its_own(config_of, 
     run_pipeline(config_of(tokens=None, packing=None, mixture=None), 2, until="read")
     assert "OMP_NUM_THREADS" not in os.environ
     assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b'{"key": 1}'])
+def test_damaged_notes_are_no_notes(config_of, damage):
+    """A marker, a sum or a key that a failing disk emptied: what it spoke of is made again."""
+    config = config_of(mixture=None, packing=None, tokens=None)
+    run_pipeline(config)
+    made = outputs(run_folder := Run.load(config.output).folder)
+    for name in ("steps/read/step.json", "steps/read/tasks/000000.json", "steps/texts/key", "manifest.json"):
+        (run_folder / name).write_bytes(damage)
+    assert run_pipeline(config)["complete"]
+    assert outputs(run_folder) == made
+    # And where all of it is to go.
+    (run_folder / "steps/read/tasks/000000.json").write_bytes(damage)
+    assert run_pipeline(config_of(mixture=None, packing=None, tokens=None, malformed="skip"))["complete"]
+
+
+def test_a_full_disk_behind_the_tasks(config_of, monkeypatch):
+    """The sum of a step and the manifest are written by this process, outside of tasks."""
+    config = config_of(mixture=None, packing=None, tokens=None)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name in ((Run, "close"), (pipeline, "write_manifest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(UserError, match=r"no space is left for .* run the same command again"):
+                run_pipeline(config)
+    assert run_pipeline(config)["complete"]
+
+
+def test_other_ends_of_documents_beside_the_same_tokenizer_are_noticed(config_of, tmp_path):
+    folder = tmp_path / "hf"
+    train_hugging_face(["мама мыла раму " * 40] * 9, folder, TokenizerSettings(vocab_size=262))
+    config = config_of(tokens={"tokenizer": str(folder)}, packing=None, mixture=None)
+    run_pipeline(config)
+    assert IndexedDataset(f"{config.output}/ru_train")[0][-1] == 2
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "<s>"}))
+    # Another run is another process.
+    tokenise.tokenizer_of.cache_clear()
+    run_pipeline(config)
+    assert IndexedDataset(f"{config.output}/ru_train")[0][-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"pad_token": "</s>"}, "uses the id 2 both to pad and to end documents"),
+        ({"pad_token": "м"}, "pads with 'м', which is also a piece of text"),
+        ({"eos_token": "<none>"}, "has no end-of-sequence token"),
+    ],
+)
+def test_a_tokenizer_that_will_not_do_is_refused_before_the_work(config_of, tmp_path, roles, message):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2, "м": 3}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    added = [
+        {"id": n, "content": word, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for word, n in vocabulary.items() if n < 3
+    ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": added}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"} | roles))
+    config = config_of(tokens={"tokenizer": str(folder)}, mixture=None)
+    with pytest.raises(UserError, match=message):
+        run_pipeline(config)
+    assert not (tmp_path / "out/steps").exists()
+
+
+def test_tokens_that_stand_for_what_is_unknown_are_counted(config_of, tmp_path):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    words = {"<unk>": 0, "</s>": 1, "one": 2, ".": 3}
+    added = [
+        {"id": n, "content": word, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for word, n in words.items() if n < 2
+    ]  # fmt: skip
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    description = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": added}
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "one.jsonl").write_text('{"text": "one two. one three."}\n')
+    changes = {"packing": None, "mixture": None, "length": {"at_least": 0}}
+    config = config_of(inputs=[{"domain": "d", "files": ["one.jsonl"]}], tokens={"tokenizer": str(folder)}, **changes)
+    assert run_pipeline(config)["steps"]["tokenise"]["counts"]["unknown_tokens"] == 2

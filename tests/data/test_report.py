@@ -46,5 +46,23 @@ def test_unfinished_runs_have_a_page_too(config_of):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(UserError, match=r"there is no .*manifest.json; it is written by megatron-ru data run"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot read .*manifest.json \(No such file or directory\); it is written by megatron-ru data run",
+    ):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"steps": {}}'])
+def test_what_is_no_manifest_and_what_cannot_be_written(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest.json is no manifest of a pipeline"):
+        write_report(tmp_path)
+
+
+def test_a_page_that_cannot_be_written(config_of, tmp_path):
+    config = config_of(tokens=None, packing=None, mixture=None)
+    run_pipeline(config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/report.html: .* nothing was kept"):
+        write_report(config.output, tmp_path / "file" / "report.html")

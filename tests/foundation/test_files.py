@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.errors import UserError
+from megatron_ru.foundation.files import atomic_output, requested_output
 
 
 def test_output_appears_whole_with_ordinary_permissions(tmp_path):
@@ -30,3 +31,12 @@ def test_failure_leaves_the_older_file_and_nothing_else(tmp_path):
         write_half()
     assert path.read_text(encoding="utf-8") == "older"
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.txt"]
+
+
+def test_a_file_that_the_user_named_and_nobody_can_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*file/a\.json: .*; nothing was kept"),
+        requested_output(tmp_path / "file" / "a.json"),
+    ):
+        pass

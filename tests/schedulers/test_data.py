@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_ru.data.config import load_config
+from megatron_ru.data.config_file import load_config
 from megatron_ru.data.pipeline import run_pipeline
 from megatron_ru.data.run import Run
 from tests.data.conftest import outputs, tokenizer_file, write_corpus  # noqa: F401

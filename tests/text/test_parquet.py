@@ -64,6 +64,36 @@ def test_kinds_of_columns(tmp_path):
     assert found[2].fields["nan"] == 1.5
 
 
+def test_values_that_python_or_json_has_not(tmp_path):
+    """pandas writes nanoseconds, and scores come with NaN within lists."""
+    columns = {
+        "text": ["а", "б"],
+        "time": arrow.array([1, 2000], arrow.timestamp("ns")),
+        "times": arrow.array([[1], []], arrow.list_(arrow.timestamp("ns"))),
+        "far": arrow.array([2**31 - 1, 0], arrow.date32()),
+        "zone": arrow.array([1, 2], arrow.timestamp("us", "Nowhere/At_all")),
+        "scores": [{"all": [1.0, float("nan")]}, {"all": [float("inf")]}],
+    }
+    first, second = read_documents([write(tmp_path / "a.parquet", columns)])
+    assert (first.text, second.text) == ("а", "б")
+    assert first.fields["time"] == "1970-01-01 00:00:00.000000001"
+    assert second.fields["time"] == "1970-01-01 00:00:00.000002"
+    assert first.fields["times"] == ["1970-01-01 00:00:00.000000001"]
+    assert (second.fields["far"], second.fields["zone"]) == ("1970-01-01", "2")
+    assert (first.fields["scores"], second.fields["scores"]) == ({"all": [1.0, None]}, {"all": [None]})
+
+
+def test_a_field_within_that_is_not_utf_8_is_malformed_too(tmp_path):
+    raw = arrow.array([b"\xff", b"c"], arrow.binary())
+    inner = arrow.Array.from_buffers(arrow.string(), 2, raw.buffers())
+    path = write(tmp_path / "a.parquet", {"text": ["а", "б"], "tags": arrow.ListArray.from_arrays([0, 1, 2], inner)})
+    with pytest.raises(UserError, match=r"a\.parquet:1: not UTF-8"):
+        list(read_documents([path]))
+    reports: list[str] = []
+    (kept,) = read_documents([path], malformed=MalformedLines(skip=True, report=reports.append))
+    assert (kept.text, len(reports)) == ("б", 1)
+
+
 def test_progress_ends_at_the_size_of_the_file(tmp_path):
     path = write(tmp_path / "a.parquet", {"text": ["кошка"] * 1000}, row_group_size=100)
     positions = [line.position for line in read_lines([path])]

@@ -75,6 +75,11 @@ def test_a_domain_without_documents_is_a_mistake():
         draw_sample(documents(), SampleSettings(characters=100, weights={"wiki": 1}))
 
 
+def test_any_number_is_a_seed():
+    drawn = [draw_sample(documents(), SampleSettings(characters=100, seed=seed)).texts for seed in (-1, 10**25)]
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

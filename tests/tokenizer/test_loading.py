@@ -118,3 +118,12 @@ def test_what_is_no_tokenizer_is_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path / name)
+
+
+def test_a_text_that_the_library_refuses_is_a_mistake_of_the_tokenizer(hugging_face_file):
+    def without_unknown(description):
+        description["model"] = {"type": "WordLevel", "vocab": {"a": 2}, "unk_token": "[UNK]"}
+
+    tokenizer = load_tokenizer(hugging_face_file(without_unknown))
+    with pytest.raises(UserError, match=r"tokenizer.json cannot encode every text: .*UNK.*; take a tokenizer that can"):
+        tokenizer.encode("б")

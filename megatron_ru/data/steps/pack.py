@@ -12,6 +12,7 @@ from megatron_ru.data.run import Run
 from megatron_ru.data.step import STEPS, Step
 from megatron_ru.data.steps.tokenise import SPLITS, tokenizer_of
 from megatron_ru.foundation.errors import UserError
+from megatron_ru.tokenizer.loading import Tokenizer, load_tokenizer
 from megatron_ru.tokens.encoding import Encoder
 from megatron_ru.tokens.indexed_dataset import IndexedDataset
 
@@ -64,19 +65,30 @@ def _run(run: Run, task: int) -> Outcome:
 
 
 def padding_of(encoder: Encoder) -> int:
-    """The id of padding. Raises UserError when there is none, or it is also the end of a document: then the loss
-    could not leave it out without leaving out the ends."""
-    if encoder.pad is None:
+    """The id of padding. Raises UserError as `require_padding`."""
+    return require_padding(encoder.tokenizer)
+
+
+def require_padding(tokenizer: Tokenizer) -> int:
+    """The id of padding. Raises UserError when there is none, or it is also the end of a document or part of texts:
+    then the loss could not leave it out without leaving out these."""
+    if tokenizer.pad is None:
         raise UserError(
-            f"the tokenizer {encoder.path} has no padding token, which packed blocks need; `megatron-ru tokenizer "
+            f"the tokenizer {tokenizer.path} has no padding token, which packed blocks need; `megatron-ru tokenizer "
             "train` makes tokenizers with one"
         )
-    if encoder.pad == encoder.eos:
+    if tokenizer.pad == tokenizer.eod:
         raise UserError(
-            f"the tokenizer {encoder.path} uses the id {encoder.pad} both to pad and to end documents, so that "
+            f"the tokenizer {tokenizer.path} uses the id {tokenizer.pad} both to pad and to end documents, so that "
             "padding would be trained on; give it a padding token of its own"
         )
-    return encoder.pad
+    piece = tokenizer.pieces()[tokenizer.pad]
+    if tokenizer.encode(piece) == [tokenizer.pad]:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} pads with {piece!r}, which is also a piece of text, so that the loss "
+            "would leave it out there; give it a padding token of its own"
+        )
+    return tokenizer.pad
 
 
 def line_breaks(encoder: Encoder) -> npt.NDArray[np.bool_]:
@@ -89,6 +101,7 @@ def line_breaks(encoder: Encoder) -> npt.NDArray[np.bool_]:
 
 
 def _settings(config: Any) -> Any:
+    require_padding(load_tokenizer(config.tokens.tokenizer))
     return config.packing
 
 

@@ -46,6 +46,7 @@ def _run(run: Run, task: int) -> Outcome:
         segment.add(lines)
     if segment.lines or not outcome.files:
         segment.write(run, task, outcome)
+    source.require_unchanged()
     return outcome
 
 

@@ -4,8 +4,10 @@ Lines are copied as they lie in the input. A plain file without a language filte
 without a look at what is in them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +25,9 @@ _COPY_BYTES = 1 << 19
 
 def _run(run: Run, task: int) -> Outcome:
     source = run.sources[task]
+    source.require_unchanged()
     outcome = Outcome()
-    segments = [
-        (number, entry) for number, entry in enumerate(run.files("read", kind="lines")) if entry["task"] == task
-    ]
+    segments = [(number, entry) for number, entry in enumerate(_places(run).segments) if entry["task"] == task]
     judge = _judge(run, source)
     lines = None if source.plain and judge is None else source.lines()
     byte = source.first_byte() if lines is None else 0
@@ -51,6 +52,7 @@ def _run(run: Run, task: int) -> Outcome:
             outcome.files += shard.files
         else:
             (run.step_folder("texts") / name).unlink()
+    source.require_unchanged()
     return outcome
 
 
@@ -88,20 +90,36 @@ def _duplicates_of(run: Run, segment: int) -> npt.NDArray[Any]:
 
 
 def _twin(run: Run, record: Any) -> str:
-    entry = run.files("read", kind="lines")[int(record["kept_segment"])]
+    entry = _places(run).segments[int(record["kept_segment"])]
     return f"same text as {_place(run, entry['task'], entry['first_line'] + int(record['kept_line']))}"
 
 
 def _place(run: Run, task: int, line: int) -> str:
     """`file:line` of a line of a source. `Source.place` would read the file up to it; here all lines are counted."""
-    source = run.sources[task]
-    earlier = {
-        number
-        for number, other in enumerate(run.sources)
-        if (other.domain, other.file) == (source.domain, source.file) and other.start < source.start
-    }
-    records = sum(entry["bytes"] for entry in run.files("read", kind="lines") if entry["task"] in earlier)
-    return f"{source.file}:{records // LINES.itemsize + line + 1}"
+    return f"{run.sources[task].file}:{_places(run).lines_before[task] + line + 1}"
+
+
+class _Places(NamedTuple):
+    """Where the segments of a run lie in the files."""
+
+    segments: list[dict[str, Any]]
+    """The files of lines, in order."""
+    lines_before: list[int]
+    """Of each source: lines of its file before its first."""
+
+
+@lru_cache(maxsize=1)
+def _places(run: Run) -> _Places:
+    # Once for a task: with ten thousand sources it takes as long as the copying of a shard.
+    segments = run.files("read", kind="lines")
+    lines = Counter[int]()
+    for entry in segments:
+        lines[entry["task"]] += entry["bytes"] // LINES.itemsize
+    before, seen = [], Counter[str]()
+    for task, source in enumerate(run.sources):
+        before.append(seen[source.file])
+        seen[source.file] += lines[task]
+    return _Places(segments, before)
 
 
 _Judge = Callable[[str], str | None]
@@ -192,7 +210,9 @@ def _read_whole(file: Any, size: int) -> bytes:
 
 
 def _settings(config: Any) -> Any:
-    return {"length": config.length, "language": config.language}
+    found = {"length": config.length, "language": config.language}
+    unfiltered = [entry.domain for entry in config.inputs if entry.any_language]
+    return found | {"any_language": unfiltered} if unfiltered and config.language else found
 
 
 STEPS.register("texts")(

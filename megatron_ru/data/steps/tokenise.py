@@ -44,6 +44,11 @@ def _encoded(run: Run, shard: dict[str, Any], encoder: Encoder) -> Outcome:
         writers = [stack.enter_context(write_dataset(f"{prefix}.{split}", encoder.vocabulary_size)) for split in SPLITS]
         for texts in _batches(shard["path"], run.config.text_field):
             ids, lengths = _with_ends(encoder, texts)
+            # Some call the token that ends documents unknown too, which then has no other use.
+            if encoder.tokenizer.unk != encoder.eos and (
+                unknown := int(np.count_nonzero(ids == encoder.tokenizer.unk))
+            ):
+                outcome.counts["unknown_tokens"] += unknown
             held_out = np.array([is_held_out(text, settings.held_out) for text in texts])
             token_held_out = np.repeat(held_out, lengths)
             for writer, mine, mine_tokens in zip(
@@ -72,11 +77,8 @@ def _encoded(run: Run, shard: dict[str, Any], encoder: Encoder) -> Outcome:
 
 @lru_cache(maxsize=1)
 def tokenizer_of(path: str) -> Encoder:
-    """The encoder in `path`, loaded once for each process. Raises UserError when it cannot end documents."""
-    encoder = load_encoder(path)
-    if encoder.eos is None:
-        raise UserError(f"the tokenizer {path} has no end-of-sequence token to end documents with; take one that has")
-    return encoder
+    """The encoder in `path`, loaded once for each process."""
+    return load_encoder(path)
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -122,8 +124,15 @@ def _settings(config: Any) -> Any:
     from megatron_ru.tokenizer.loading import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokens.tokenizer)
+    # Said before hours of reading, not behind them.
+    if tokenizer.eod is None:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has no end-of-sequence token to end documents with; take one that has"
+        )
     content = hashlib.sha256(Path(tokenizer.path).read_bytes()).hexdigest()
-    return {"tokenizer": content, "held_out": config.tokens.held_out, "text_field": config.text_field}
+    found = {"tokenizer": content, "held_out": config.tokens.held_out, "text_field": config.text_field}
+    # Beside a tokenizer.json another file may say which tokens these are; a .model holds all of it.
+    return found | {"eod": tokenizer.eod, "pad": tokenizer.pad} if tokenizer.path.endswith(".json") else found
 
 
 STEPS.register("tokenise")(
