@@ -66,12 +66,14 @@ RUNS = {
 def runs(tmp_path_factory):
     """Exit codes of each of RUNS, and the guards that gave them."""
 
-    def run(name, faults, **more):
-        nodes = Nodes(tmp_path_factory.mktemp(name), 2, *faults, **more).start(0, 1)
+    def run(folder, faults, **more):
+        nodes = Nodes(folder, 2, *faults, **more).start(0, 1)
         return nodes.codes(), nodes
 
+    # pytest makes its folders in one thread.
+    folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     with ThreadPoolExecutor(4) as pool:
-        running = {name: pool.submit(run, name, **more) for name, more in RUNS.items()}
+        running = {name: pool.submit(run, folders[name], **more) for name, more in RUNS.items()}
         return {name: one.result() for name, one in running.items()}
 
 
