@@ -125,7 +125,8 @@ def _keep_freed_memory() -> None:
 def _remove_step(folder: Path) -> None:
     """Removes a step's files, those in the pipeline's folder too: a dataset of other settings must not be found."""
     for marker in (folder / "tasks").glob("*.json"):
-        for entry in (read_marker(marker) or {"outcome": {"files": []}})["outcome"]["files"]:
+        found = read_marker(marker)
+        for entry in found["outcome"]["files"] if found else ():
             (folder / entry["name"]).unlink(missing_ok=True)
     (folder.parent.parent / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder)

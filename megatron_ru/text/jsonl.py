@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.files import requested_output
 from megatron_ru.text.document import Document
 from megatron_ru.text.zst import ZstdReader
 
@@ -105,19 +105,16 @@ def write_documents(path: str | os.PathLike[str], documents: Iterable[Document])
     cannot be written.
     """
     count = 0
-    try:
-        with atomic_output(path) as raw:
-            # A fixed time stamp and no name inside the archive: equal documents are equal bytes.
-            zipped = gzip.GzipFile("", "wb", 6, raw, mtime=0) if str(path).endswith(".gz") else None
-            stream = raw if zipped is None else zipped
-            for document in documents:
-                record = {"text": document.text, **document.fields}
-                stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
-                count += 1
-            if zipped is not None:
-                zipped.close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was kept") from None
+    with requested_output(path) as raw:
+        # A fixed time stamp and no name inside the archive: equal documents are equal bytes.
+        zipped = gzip.GzipFile("", "wb", 6, raw, mtime=0) if str(path).endswith(".gz") else None
+        stream = raw if zipped is None else zipped
+        for document in documents:
+            record = {"text": document.text, **document.fields}
+            stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+            count += 1
+        if zipped is not None:
+            zipped.close()
     return count
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_ru.foundation.errors import UserError
-from megatron_ru.foundation.files import atomic_output
+from megatron_ru.foundation.files import requested_output
 
 ModelType = Literal["bpe", "unigram"]
 Normalization = Literal["identity", "nfc", "nfkc", "nmt_nfkc"]
@@ -94,12 +94,9 @@ def train_tokenizer(texts: Iterable[str], output: str | os.PathLike[str], settin
     sample = _reservoir(_lines(texts), settings.max_sentences, random.Random(settings.seed))
     if not sample:
         raise UserError("there is no text to learn a tokenizer from: every document is empty")
-    try:
-        # Opened before the training: that a folder cannot be written should not be found out after an hour.
-        with atomic_output(output) as stream:
-            stream.write(_train(sample, settings))
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; nothing was kept") from None
+    # Opened before the training: that a folder cannot be written should not be found out after an hour.
+    with requested_output(output) as stream:
+        stream.write(_train(sample, settings))
     return len(sample)
 
 
